@@ -17,7 +17,7 @@ import torchvision
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.vision_transformer import ConvStemConfig
 
-# %% ../nbs/04_classifiers.ipynb #3275ac81
+# %% ../nbs/04_classifiers.ipynb #1e5baad5
 def _torchvision_weights(name, weights): # the weights enum, or None where `weights` is None or a file
     if weights is None or Path(str(weights)).is_file(): return None
     options = torchvision.models.get_model_weights(name).__members__
@@ -25,21 +25,24 @@ def _torchvision_weights(name, weights): # the weights enum, or None where `weig
 
 def _load(model, weights, enum):
     if weights is None: return model
-    state = enum.get_state_dict(progress=True, check_hash=True) if enum else torch.load(weights, map_location='cpu', weights_only=True)
+    if enum: state = enum.get_state_dict(progress=True, check_hash=True)
+    else: state = torch.load(weights, map_location='cpu', weights_only=True)
     own, name = model.state_dict(), next(n for n, m in model.named_modules() if m is model.head)
     head = [f'{name}.weight', f'{name}.bias']
-    if any(k in state and state[k].shape != own[k].shape for k in head): state = {k: v for k, v in state.items() if k not in head}
+    if any(k in state and state[k].shape != own[k].shape for k in head):
+        state = {k: v for k, v in state.items() if k not in head}
     odd = model.load_state_dict(state, strict=False)
     wrong = [k for k in odd.missing_keys if k not in head] + odd.unexpected_keys
-    if wrong: raise ValueError(f"weights {str(weights)!r} do not fit {type(model).__name__}: see {', '.join(wrong[:3])}")
+    if wrong:
+        raise ValueError(f"weights {str(weights)!r} do not fit {type(model).__name__}: see {', '.join(wrong[:3])}")
     if enum: model.mean, model.std = tuple(enum.transforms().mean), tuple(enum.transforms().std)
     return model
 
-# %% ../nbs/04_classifiers.ipynb #fde0f255
+# %% ../nbs/04_classifiers.ipynb #9f1e7350
 IMAGENET = dict(mean=(.485, .456, .406), std=(.229, .224, .225))
 
 class CNNClassifier(nn.Module):
-    "A classifier whose head is linear in the mean of a grid. Subclasses give `features`, `head`, `image_size` and `grid`."
+    "A head that is linear in the mean of a grid. Subclasses give `features`, `head`, `image_size`, `grid`."
     mean, std = IMAGENET['mean'], IMAGENET['std']
     def pool(self,
         features: torch.Tensor, # (B, C, h, w)
@@ -73,7 +76,7 @@ def resnet18(
     enum = _torchvision_weights('resnet18', weights)
     return _load(ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes), weights, enum)
 
-# %% ../nbs/04_classifiers.ipynb #3e3bd2b4
+# %% ../nbs/04_classifiers.ipynb #a1974a20
 class ResNetTiny(CNNClassifier):
     "A 3×3 stem and one `BasicBlock` of stride 2 per stage: a ResNet for 48-pixel images."
     image_size, grid = 48, (6, 6)
@@ -82,7 +85,8 @@ class ResNetTiny(CNNClassifier):
         widths=(16, 32, 64, 128), # channels of the stem and of each stage
     ):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True))
+        w = widths[0]
+        self.stem = nn.Sequential(nn.Conv2d(3, w, 3, padding=1, bias=False), nn.BatchNorm2d(w), nn.ReLU(inplace=True))
         self.stages = nn.Sequential(*[self._stage(i, o) for i, o in zip(widths, widths[1:])])
         self.fc = nn.Linear(widths[-1], num_classes)
         for m in self.modules():
@@ -133,7 +137,7 @@ class ViT(torchvision.models.VisionTransformer):
         "Logits."
         return self.head(self.pool(self.features(images)))
 
-# %% ../nbs/04_classifiers.ipynb #516746f0
+# %% ../nbs/04_classifiers.ipynb #c75544ac
 from fastcore.basics import patch
 
 @patch
@@ -142,7 +146,8 @@ def attend(self:ViT,
 ) -> tuple: # u (B,1+N,D), q (B,H,1,d) already divided by √d, v (B,H,1+N,d), a (B,H,1,1+N)
     "The CLS row of the last block's attention."
     att = self.encoder.layers[-1].self_attention
-    if att.dropout and self.training: raise ValueError('attention dropout in training is not supported: set attention_dropout=0')
+    if att.dropout and self.training:
+        raise ValueError('attention dropout in training is not supported: set attention_dropout=0')
     (B, n, D), H, W, b = tokens.shape, att.num_heads, att.in_proj_weight, att.in_proj_bias
     u = self.cam_layer(tokens)
     q = F.linear(u[:, 0], W[:D], b[:D]).view(B, H, 1, -1) * (D//H)**-.5
@@ -174,7 +179,7 @@ def pool_full(self:ViT,
     "The same vector by the ordinary last block, which computes every token."
     return self.encoder.ln(self.encoder.layers[-1](features))[:, 0]
 
-# %% ../nbs/04_classifiers.ipynb #359a02f5
+# %% ../nbs/04_classifiers.ipynb #66e61554
 def vit_b_16(
     num_classes: int, # classes
     weights: str|Path|None = None, # torchvision weights by name, a state dict's path, or None
@@ -188,11 +193,12 @@ def vit_tiny(
     num_classes: int, # classes
     weights: str|Path|None = None, # a state dict's path, or None
 ) -> ViT: # 48-pixel images, 6×6 grid
-    "Four blocks of width 96 behind a convolutional stem."
-    stem = [ConvStemConfig(c, 3, 2) for c in (24, 48, 96)]
-    return _load(ViT(48, 8, 4, 4, 96, 192, num_classes=num_classes, conv_stem_configs=stem), weights, None)
+    "Three blocks of width 96 behind a convolutional stem."
+    stem = [ConvStemConfig(c, 3, stride) for c, stride in ((24, 2), (48, 2), (48, 1), (96, 2))]
+    stem.append(ConvStemConfig(96, 3, 1, activation_layer=None))
+    return _load(ViT(48, 8, 3, 4, 96, 192, num_classes=num_classes, conv_stem_configs=stem), weights, None)
 
-# %% ../nbs/04_classifiers.ipynb #194404d1
+# %% ../nbs/04_classifiers.ipynb #ea74a54e
 CLASSIFIERS = dict(resnet18=resnet18, vit_b_16=vit_b_16, resnet_tiny=resnet_tiny, vit_tiny=vit_tiny)
 _BUILTIN = tuple(CLASSIFIERS)
 
@@ -203,7 +209,8 @@ def check_classifier(
     name = type(model).__name__
     missing = [m for m in ('features', 'pool', 'head', 'mean', 'std', 'image_size', 'grid') if not hasattr(model, m)]
     if missing: raise TypeError(f"classifier {name} lacks {', '.join(missing)}")
-    if not isinstance(model.head, nn.Linear): raise TypeError(f"{name}.head must be an nn.Linear, not {type(model.head).__name__}")
+    if not isinstance(model.head, nn.Linear):
+        raise TypeError(f"{name}.head must be an nn.Linear, not {type(model.head).__name__}")
     modes = {m: m.training for m in model.modules()}
     try:
         with torch.no_grad():
@@ -213,7 +220,8 @@ def check_classifier(
         for m, mode in modes.items(): m.training = mode
     h, w = model.grid
     if not (f.dim() == 4 and f.shape[2:] == (h, w) or f.dim() == 3 and f.shape[1] >= h*w):
-        raise TypeError(f"{name}.features must give (B, C, {h}, {w}) or (B, at least {h*w}, D) as its grid says, not {tuple(f.shape)}")
+        raise TypeError(f"{name}.features must give (B, C, {h}, {w}) or (B, at least {h*w}, D) as its grid says, "
+                        f"not {tuple(f.shape)}")
     if p.shape != (1, model.head.in_features):
         raise TypeError(f"{name}.pool must give (B, {model.head.in_features}) as its head says, not {tuple(p.shape)}")
     return model
@@ -233,6 +241,7 @@ def register_classifier(
     name: str, # the name to create it by
     factory, # called as factory(num_classes) or factory(num_classes, weights=weights)
 ):
-    "Make `create_classifier(name, ...)` call `factory`. A name of one's own can be registered again; the four given ones cannot."
-    if name in _BUILTIN: raise ValueError(f"{name!r} is one of the given classifiers: register yours under another name")
+    "Make `create_classifier(name, ...)` call `factory`. One's own name can be used again; the four given ones cannot."
+    if name in _BUILTIN:
+        raise ValueError(f"{name!r} is one of the given classifiers: register yours under another name")
     CLASSIFIERS[name] = factory

@@ -6,8 +6,8 @@
 __all__ = ['PACKAGES', 'declare_torchvision_ops', 'project_root', 'set_seed', 'get_device', 'choose', 'stable_hash', 'sha256',
            'write_atomic', 'versions', 'provenance']
 
-# %% ../nbs/00_core.ipynb #f0696e07
-import hashlib, importlib.metadata, importlib.util, json, os, platform, random, subprocess, tempfile
+# %% ../nbs/00_core.ipynb #2608f3da
+import hashlib, importlib.metadata, importlib.util, json, os, platform, random, subprocess, tempfile, warnings
 from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +32,10 @@ def declare_torchvision_ops() -> bool: # True if schemas had to be declared
     return False
 
 declare_torchvision_ops();
+
+# %% ../nbs/00_core.ipynb #b008273d
+warnings.filterwarnings('ignore', message='IProgress not found')
+warnings.filterwarnings('ignore', message='.*is_gradient_checkpointing', category=FutureWarning)
 
 # %% ../nbs/00_core.ipynb #fe1d26d5
 def project_root(

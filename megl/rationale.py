@@ -39,7 +39,7 @@ def prompt(question: str = QUESTION) -> str: # the text with one image slot
     "LLaVA-1.5's conversation wrapper."
     return f'USER: {IMAGE}\n{question} ASSISTANT:'
 
-# %% ../nbs/07_rationale.ipynb #e206e4dd
+# %% ../nbs/07_rationale.ipynb #8e968735
 def train_tokenizer(
     texts: list, # training texts
     vocab_size: int = 700, # at most; 256 bytes and the special tokens included
@@ -48,19 +48,20 @@ def train_tokenizer(
     if not texts: raise ValueError('a tokenizer needs training texts: the dataset has no rationales in its training split')
     tok = Tokenizer(models.BPE(byte_fallback=False))
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
-    tok.train_from_iterator(sorted(texts), trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=['<pad>', '<s>', '</s>', IMAGE],
+    texts = sorted(texts) + prompt().split(IMAGE)*max(2, len(texts)//10)
+    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=['<pad>', '<s>', '</s>', IMAGE],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
     tok.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', bos_token='<s>', eos_token='</s>',
                                    additional_special_tokens=[IMAGE], padding_side='right')
 
-# %% ../nbs/07_rationale.ipynb #130e9075
+# %% ../nbs/07_rationale.ipynb #3ff2af1d
 def small_llava_config(
     tokenizer: PreTrainedTokenizerFast,
     image_size: int = 48, # the CLIP tower's input side, pixels
     patch_size: int = 8, # pixels; (image_size / patch_size)² image tokens
     vision_width: int = 64, vision_layers: int = 2, # the CLIP tower
-    text_width: int = 96, text_layers: int = 3, # the Llama
+    text_width: int = 96, text_layers: int = 2, # the Llama
     heads: int = 4, # of both
 ) -> LlavaConfig:
     "A LLaVA of a few hundred thousand parameters."

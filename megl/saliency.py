@@ -65,13 +65,14 @@ def _cls_row(classifier, images, target, create_graph, hold):
         raw = torch.bmm(u[:, 1:], _held(alpha, hold)[:, :, None]).view(-1, *classifier.grid)
     return raw, logits, pooled
 
-# %% ../nbs/05_saliency.ipynb #182f88f9
+# %% ../nbs/05_saliency.ipynb #73b7d444
 def _refuse_batchnorm(seen, module, args): # a forward pre-hook
     if seen and (module.training or module.running_mean is None):
-        raise RuntimeError('BatchNorm in training mode lies between the saliency layer and the logits: one map would depend on '
-                           "the other samples' targets. Put it into eval mode, or take the last stage")
+        raise RuntimeError('BatchNorm in training mode lies between the saliency layer and the logits: one map would '
+                           "depend on the other samples' targets. Put it into eval mode, or take the last stage")
 
 def _keep(seen, module, args, out): # a forward hook: the layer's output, as a tensor that has a gradient
+    if not torch.is_tensor(out): raise TypeError(f'the saliency layer gives {type(out).__name__}, not a tensor: name another')
     seen.append(out if out.requires_grad else out.detach().requires_grad_())
     return seen[-1].clone() # an in-place layer that follows must not overwrite it
 
@@ -88,7 +89,7 @@ def _autograd(classifier, images, target, create_graph, hold, layer=None):
         features = classifier.features(images)
         pooled = pool(features if layer is not None else _keep(seen, None, None, features))
         logits = classifier.head(pooled)
-        if not seen: raise ValueError('the saliency layer did not run: give the name of a layer that the logits come from')
+        if not seen: raise ValueError('the saliency layer did not run: name one that the logits come from')
         A, score = seen[-1], logits.gather(1, _classes(logits, target)[:, None]).sum()
         grad, = torch.autograd.grad(score, A, create_graph=create_graph and not hold, retain_graph=outside)
     with torch.set_grad_enabled(create_graph): raw = _weighted_sum(A, grad, classifier.grid)
@@ -103,7 +104,7 @@ def _weighted_sum(A, grad, grid): # of a grid (B, C, h, w), or of tokens (B, n, 
 def _pools_as(classifier, base): # does it pool exactly as `base` does, before a linear head?
     return getattr(classifier.pool, '__func__', None) is base.pool and isinstance(classifier.head, nn.Linear)
 
-# %% ../nbs/05_saliency.ipynb #5de52f74
+# %% ../nbs/05_saliency.ipynb #aa90b6ca
 class CamOutput(NamedTuple):
     "What one forward pass gives."
     maps: torch.Tensor # (B, h, w) in [0, 1]
@@ -118,7 +119,8 @@ def cam_route(
 ) -> str: # 'closed form', 'CLS row' or 'autograd'
     "The route by which `cam_forward` computes a map."
     if choose('method', method, ('auto', 'autograd')) == 'autograd' or layer: return 'autograd'
-    return 'closed form' if _pools_as(classifier, CNNClassifier) else 'CLS row' if _pools_as(classifier, ViT) else 'autograd'
+    if _pools_as(classifier, CNNClassifier): return 'closed form'
+    return 'CLS row' if _pools_as(classifier, ViT) else 'autograd'
 
 def cam_forward(
     classifier: nn.Module, # see `megl.classifiers`
@@ -138,7 +140,8 @@ def cam_forward(
     if target is not None:
         target = torch.as_tensor(target, device=images.device)
         if target.dim() == 0: target = target.expand(len(images))
-        if target.shape != images.shape[:1]: raise ValueError(f'target must be one class per image ({len(images)}), not {tuple(target.shape)}')
+        if target.shape != images.shape[:1]:
+            raise ValueError(f'target must be one class per image ({len(images)}), not {tuple(target.shape)}')
     create_graph = create_graph and torch.is_grad_enabled()
     compute = {'closed form': _closed_form, 'CLS row': _cls_row, 'autograd': partial(_autograd, layer=layer)}[route]
     raw, logits, pooled = compute(classifier, images, target, create_graph, hold_weights)

@@ -7,7 +7,7 @@ __all__ = ['TrainConfig', 'param_groups', 'lr_scale', 'EpochSampler', 'predict_d
            'trained_state', 'save_checkpoint', 'load_checkpoint', 'fit', 'PretrainConfig', 'random_maps',
            'bags_of_words', 'pretrain_llava']
 
-# %% ../nbs/10_train.ipynb #fb693449
+# %% ../nbs/10_train.ipynb #8f4d5fca
 import json, math, os, sys, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from .core import get_device, set_seed, stable_hash
 from accelerate import Accelerator
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .data import collate, eval_transform, train_transform
 from .losses import check_finite, megl_loss
@@ -199,23 +199,23 @@ def _line(r, config):
     terms = ' '.join(f'{k} {r[k]:.3f}' for k, w in (('pred', 1), ('text', config.lambda_t), ('visual', config.lambda_v), ('dc', config.weight_dc)) if w)
     return f"epoch {r['epoch']:>3}/{config.epochs} · {terms} · val accuracy {r['val_accuracy']:.3f}, mIoU {r['val_miou']:.3f} · {r['seconds']:.1f} s"
 
-# %% ../nbs/10_train.ipynb #bf885b69
+# %% ../nbs/10_train.ipynb #494a112b
 @dataclass(frozen=True)
 class PretrainConfig:
     "The small LLaVA's pre-training."
-    tower_steps: int = 1500
-    steps: int = 500
-    batch_size: int = 64
+    tower_steps: int = 3000
+    steps: int = 400
+    batch_size: int = 32
     lr: float = 2e-3
     vocab_size: int = 700
     image_size: int = 48
     seed: int = 0
 
-def random_maps(n, grid=6): # (n, grid, grid) in [0, 1]: half ones, half smooth blobs with maximum 1
+def random_maps(n, grid=6): # (n, grid, grid) in [0, 1]: half ones, half smooth blobs over a random floor, with maximum 1
     "Maps to weight images with before there is any classifier."
     blobs = torch.nn.functional.avg_pool2d(torch.rand(n, 1, grid+2, grid+2)**3, 3, 1)[:, 0]
     blobs = blobs - blobs.amin((1, 2), keepdim=True)
-    blobs = blobs/blobs.amax((1, 2), keepdim=True)
+    floor = torch.rand(n, 1, 1); blobs = floor + (1 - floor)*blobs/blobs.amax((1, 2), keepdim=True)
     return torch.where(torch.rand(n, 1, 1) < .5, torch.ones_like(blobs), blobs)
 
 def bags_of_words(
@@ -231,7 +231,7 @@ def bags_of_words(
     for i, s in enumerate(split): bags[i, [index[w] for w in s if w in index]] = 1.
     return words, bags
 
-# %% ../nbs/10_train.ipynb #64b55cad
+# %% ../nbs/10_train.ipynb #a0619e75
 def pretrain_llava(
     dataset, # Dataset: the `pretrain` split, or the training split where there is none
     texts: list, # texts that the tokenizer must know besides: the training rationales
@@ -260,7 +260,7 @@ def pretrain_llava(
     last = {}
     for name, loss, params, steps in (('words', words_loss, [*tower.parameters(), *probe.parameters()], config.tower_steps),
                                       ('text', text_loss, list(g.model.parameters()), config.steps)):
-        opt = torch.optim.AdamW(params, config.lr, weight_decay=.02); recent = []
+        opt = torch.optim.AdamW(params, weight_decay=.02); recent = []
         for step in tqdm(range(steps), desc=f'pre-training, {name}', leave=False, disable=not progress):
             for p in opt.param_groups: p['lr'] = config.lr*lr_scale(step, steps, .1)
             i = torch.randint(n, (config.batch_size,))
