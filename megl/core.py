@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'declare_torchvision_ops', 'project_root', 'set_seed', 'get_device', 'choose', 'stable_hash', 'sha256',
-           'write_atomic', 'versions', 'provenance']
+           'code_hash', 'write_atomic', 'versions', 'provenance']
 
-# %% ../nbs/00_core.ipynb #2608f3da
-import hashlib, importlib.metadata, importlib.util, json, os, platform, random, subprocess, tempfile, warnings
+# %% ../nbs/00_core.ipynb #fa90d5e3
+import ast, hashlib, importlib.metadata, importlib.util, json, os, platform, random, subprocess, tempfile, warnings
 from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -93,6 +93,21 @@ def sha256(
 ) -> str: # 64 hexadecimal digits
     "SHA-256 of a file's bytes."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+# %% ../nbs/00_core.ipynb #95aee022
+def _bare(tree: ast.AST) -> str: # a syntax tree without docstrings, as text
+    for node in ast.walk(tree):
+        body = getattr(node, 'body', None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0], 'value', None), ast.Constant):
+            node.body = body[1:] or [ast.Pass()]
+    return ast.dump(tree)
+
+@lru_cache
+def code_hash(
+    modules: tuple, # names of megl's modules
+) -> str: # the hash
+    "Hash of what the modules do, whatever their comments say."
+    return stable_hash([_bare(ast.parse(Path(importlib.util.find_spec(f'megl.{m}').origin).read_text())) for m in modules])
 
 # %% ../nbs/00_core.ipynb #5a3d9cff
 def write_atomic(

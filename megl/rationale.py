@@ -6,11 +6,11 @@
 __all__ = ['QUESTION', 'IMAGE', 'LORA', 'weight_image', 'prompt', 'train_tokenizer', 'small_llava_config', 'lora_config',
            'RationaleGenerator']
 
-# %% ../nbs/07_rationale.ipynb #9d88d306
+# %% ../nbs/07_rationale.ipynb #fb7b2dae
 import copy
 from pathlib import Path
 
-import megl.core # first: transformers imports torchvision
+import megl.core # noqa: F401, first: transformers imports torchvision
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

@@ -65,14 +65,15 @@ def _cls_row(classifier, images, target, create_graph, hold):
         raw = torch.bmm(u[:, 1:], _held(alpha, hold)[:, :, None]).view(-1, *classifier.grid)
     return raw, logits, pooled
 
-# %% ../nbs/05_saliency.ipynb #73b7d444
+# %% ../nbs/05_saliency.ipynb #89ace977
 def _refuse_batchnorm(seen, module, args): # a forward pre-hook
     if seen and (module.training or module.running_mean is None):
         raise RuntimeError('BatchNorm in training mode lies between the saliency layer and the logits: one map would '
                            "depend on the other samples' targets. Put it into eval mode, or take the last stage")
 
 def _keep(seen, module, args, out): # a forward hook: the layer's output, as a tensor that has a gradient
-    if not torch.is_tensor(out): raise TypeError(f'the saliency layer gives {type(out).__name__}, not a tensor: name another')
+    if not torch.is_tensor(out):
+        raise TypeError(f'the saliency layer gives {type(out).__name__}, not a tensor: name another')
     seen.append(out if out.requires_grad else out.detach().requires_grad_())
     return seen[-1].clone() # an in-place layer that follows must not overwrite it
 

@@ -7,9 +7,9 @@ __all__ = ['TrainConfig', 'param_groups', 'lr_scale', 'EpochSampler', 'predict_d
            'trained_state', 'save_checkpoint', 'load_checkpoint', 'fit', 'PretrainConfig', 'random_maps',
            'bags_of_words', 'pretrain_llava']
 
-# %% ../nbs/10_train.ipynb #8f4d5fca
-import json, math, os, sys, time
-from dataclasses import asdict, dataclass, replace
+# %% ../nbs/10_train.ipynb #4b87dc4f
+import math, os, sys, time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -199,12 +199,12 @@ def _line(r, config):
     terms = ' '.join(f'{k} {r[k]:.3f}' for k, w in (('pred', 1), ('text', config.lambda_t), ('visual', config.lambda_v), ('dc', config.weight_dc)) if w)
     return f"epoch {r['epoch']:>3}/{config.epochs} · {terms} · val accuracy {r['val_accuracy']:.3f}, mIoU {r['val_miou']:.3f} · {r['seconds']:.1f} s"
 
-# %% ../nbs/10_train.ipynb #494a112b
+# %% ../nbs/10_train.ipynb #59bd2766
 @dataclass(frozen=True)
 class PretrainConfig:
     "The small LLaVA's pre-training."
     tower_steps: int = 3000
-    steps: int = 400
+    steps: int = 500
     batch_size: int = 32
     lr: float = 2e-3
     vocab_size: int = 700
