@@ -33,7 +33,7 @@ METHODS = { # method: which of (lambda_t, lambda_v, lambda_dc) are on
     'megl':        (1, 1, 1),
 }
 
-# %% ../nbs/13_run.ipynb #9b12e392
+# %% ../nbs/13_run.ipynb #2fc8a2df
 @dataclass(frozen=True)
 class Preset:
     "How large a run is."
@@ -44,21 +44,21 @@ class Preset:
     llava: tuple = () # overrides of `small_llava_config`, as pairs
     lora: tuple = (('r', 8), ('lora_alpha', 16), ('lora_dropout', 0.)) # of `lora_config`, as pairs
     limit: tuple = () # samples per split at most, as pairs; () is all
-    lambdas: tuple = (('', '', 1., 1.),) # (dataset, backbone, lambda_t, lambda_v)
+    lambdas: tuple = (('', 1., 1.),) # (backbone, lambda_t, lambda_v)
 
-    def weights(self, dataset: str, backbone: str): # (lambda_t, lambda_v)
-        "The weights chosen for a dataset and a backbone."
-        found = {(d, b): (t, v) for d, b, t, v in self.lambdas}
-        return found.get((dataset, backbone), next(iter(found.values())))
+    def weights(self, backbone: str): # (lambda_t, lambda_v)
+        "The loss weights chosen for a backbone."
+        found = {b: (t, v) for b, t, v in self.lambdas}
+        return found.get(backbone, next(iter(found.values())))
 
-LAMBDAS = (('', '', 1., 1.),)
+LAMBDAS = (('resnet_tiny', 1., 1.), ('vit_tiny', 1., .3)) # by 41_lambda_grid
 PRESETS = {p.name: p for p in (
     Preset('smoke', TrainConfig(epochs=1, batch_size=16, lr=1e-3, lr_generator=1e-3), PretrainConfig(tower_steps=4, steps=4, batch_size=16),
            limit=(('train', 48), ('val', 16), ('test', 16), ('pretrain', 48))),
     Preset('demo', TrainConfig(epochs=12, lr=2e-3, lr_generator=1e-3), PretrainConfig(), lambdas=LAMBDAS),
 )}
 
-# %% ../nbs/13_run.ipynb #05e9a9f4
+# %% ../nbs/13_run.ipynb #5690d913
 CODE = ('core', 'data', 'classifiers', 'saliency', 'losses', 'rationale', 'model', 'train') # what a run's numbers depend on
 
 @dataclass(frozen=True)
@@ -75,9 +75,10 @@ class Run:
     llava: tuple
     lora: tuple
     fingerprint: str # of the data
+    code: str # hash of the code, when the run was made
 
     @property
-    def id(self): return stable_hash([self, code_hash(CODE)])
+    def id(self): return stable_hash(self)
     def __str__(self): return f'{self.dataset} {self.backbone} {self.method} seed {self.seed}'
 
 def make_run(
@@ -92,11 +93,11 @@ def make_run(
     "Resolve names and preset into a run. Raises `ValueError` listing the valid names."
     choose('backbone', backbone, CLASSIFIERS); choose('method', method, METHODS)
     p = PRESETS[choose('preset', preset, PRESETS)]; on = METHODS[method]
-    weights = dict(zip(('lambda_t', 'lambda_v'), p.weights(dataset, backbone)))
+    weights = dict(zip(('lambda_t', 'lambda_v'), p.weights(backbone)))
     weights = {'lambda_t': weights['lambda_t']*on[0], 'lambda_v': weights['lambda_v']*on[1], 'lambda_dc': None if on[2] else 0.}
     train = replace(p.train, seed=seed, **{**weights, **overrides}, **(dict(epochs=epochs) if epochs else {}))
     text = bool(train.lambda_t)
-    return Run(dataset, backbone, method, seed, preset, train, p.limit, p.pretrain if text else None, p.llava if text else (), p.lora if text else (), _fingerprint(dataset))
+    return Run(dataset, backbone, method, seed, preset, train, p.limit, p.pretrain if text else None, p.llava if text else (), p.lora if text else (), _fingerprint(dataset), code_hash(CODE))
 
 @cache
 def _fingerprint(dataset): return load_dataset(dataset).fingerprint

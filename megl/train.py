@@ -231,7 +231,7 @@ def bags_of_words(
     for i, s in enumerate(split): bags[i, [index[w] for w in s if w in index]] = 1.
     return words, bags
 
-# %% ../nbs/10_train.ipynb #a0619e75
+# %% ../nbs/10_train.ipynb #d1f16a22
 def pretrain_llava(
     dataset, # Dataset: the `pretrain` split, or the training split where there is none
     texts: list, # texts that the tokenizer must know besides: the training rationales
@@ -243,6 +243,8 @@ def pretrain_llava(
 ) -> dict: # the last losses: words (nats per text), text (nats per token)
     "Make a small LLaVA that has seen and read a little."
     from megl.rationale import RationaleGenerator
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar() # of writing one small file
     progress = sys.stderr.isatty() if progress is None else progress; device = get_device(device); set_seed(config.seed)
     batch = collate([s for s in dataset.with_transform(eval_transform(config.image_size))]); n = len(dataset)
     g = RationaleGenerator.from_config([t for r in batch['rationales'] for t in r] + texts, 1, lora=False,

@@ -1,0 +1,87 @@
+"Experiments as a user runs them: three ways with equal results, killed and run again, two at a time, and the command."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pandas as pd, pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+ENV = os.environ | dict(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", OMP_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1')
+
+def call(*args, cwd=ROOT, check=True):
+    "Run a command of this environment; its output is shown if it fails."
+    run = subprocess.run([BIN/args[0], *map(str, args[1:])], cwd=cwd, env=ENV, capture_output=True, text=True)
+    assert not check or run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return run
+
+def test_three_ways_give_the_same_table(tmp_path):
+    call('megl', 'run', 'table1', '--out-dir', tmp_path/'command')
+    call('papermill', 'nbs/20_table1.ipynb', tmp_path/'out.ipynb', '-p', 'out_dir', tmp_path/'papermill')
+    call('jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--output-dir', tmp_path, '20_table1.ipynb', cwd=ROOT/'nbs') # Run all
+    tables = [(p/'tables'/'table1.csv').read_bytes() for p in (tmp_path/'command', tmp_path/'papermill', ROOT/'results'/'runs'/'smoke')]
+    assert tables[0] == tables[1] == tables[2] and tables[0].startswith(b'item,dataset')
+
+def test_trained_numbers_do_not_depend_on_the_way(tmp_path):
+    chosen = ['-p', 'dataset', 'toy-object', '-p', 'methods', 'plain', '-p', 'device', 'cpu']
+    call('megl', 'run', 'table2', *chosen, '--out-dir', tmp_path/'command')
+    call('papermill', ROOT/'nbs'/'21_table2.ipynb', tmp_path/'out.ipynb', *chosen, '-p', 'out_dir', tmp_path/'papermill', cwd=tmp_path)
+    a, b = ((tmp_path/way/'tables'/'table2.csv').read_bytes() for way in ('command', 'papermill'))
+    assert a == b
+
+def test_papermill_with_an_unknown_parameter_stops(tmp_path):
+    run = call('papermill', 'nbs/21_table2.ipynb', tmp_path/'out.ipynb', '-p', 'sedes', '3', '-p', 'out_dir', tmp_path, check=False)
+    assert run.returncode and "unknown parameter 'sedes': choose one of preset, dataset, methods, seeds" in run.stderr
+    run = call('megl', 'run', 'table2', '-p', 'sedes', '3', check=False)
+    assert run.returncode == 2 and run.stderr.startswith("megl: unknown parameter") and 'seeds' in run.stderr
+
+RUN = '''
+import sys
+from megl.run import execute, make_run
+print(execute(make_run('toy-object', 'resnet_tiny', 'visual', seed=3, epochs=4), sys.argv[1], 'cpu'))
+'''
+
+def start(out): return subprocess.Popen([sys.executable, '-c', RUN, str(out)], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+def predictions(out): return pd.read_parquet(next(out.glob('runs/*/predictions.parquet')))
+
+def test_a_killed_run_continues_to_the_same_numbers(tmp_path):
+    assert start(tmp_path/'whole').wait(300) == 0
+    victim = start(tmp_path/'killed')
+    while not list((tmp_path/'killed').glob('runs/*/last.pt')) and victim.poll() is None: time.sleep(.01)
+    victim.send_signal(signal.SIGKILL); victim.wait()
+    assert not list((tmp_path/'killed').glob('runs/*/run.json')), 'it was finished before it could be killed'
+    assert start(tmp_path/'killed').wait(300) == 0
+    pd.testing.assert_frame_equal(predictions(tmp_path/'whole'), predictions(tmp_path/'killed'))
+
+def test_two_processes_on_one_results_folder(tmp_path):
+    said = sorted(p.communicate(timeout=300)[0].strip().split(': ')[1].split()[0] for p in [start(tmp_path), start(tmp_path)])
+    assert said == ['reused', 'trained']
+
+@pytest.fixture
+def coco(tmp_path):
+    "A COCO-format folder of two classes: a bright square on the left or on the right."
+    from PIL import Image, ImageDraw
+    (tmp_path/'images').mkdir(); images, annotations, captions = [], [], []
+    for i in range(24):
+        x = 5 + 40*(i % 2); picture = Image.new('RGB', (80, 60), (i, 20, 40)); ImageDraw.Draw(picture).rectangle((x, 10, x+25, 40), fill=(240, 200, i))
+        picture.save(tmp_path/'images'/f'{i}.png'); images.append(dict(id=i, file_name=f'{i}.png', height=60, width=80))
+        annotations.append(dict(id=i, image_id=i, category_id=i % 2, iscrowd=0, area=750, bbox=[x, 10, 25, 30], segmentation=[[x, 10, x+25, 10, x+25, 40, x, 40]]))
+        captions.append(dict(id=i, image_id=i, caption=f"a square on the {('left', 'right')[i % 2]}"))
+    kinds = [dict(id=k, name=n, supercategory=n) for k, n in enumerate(('left', 'right'))]
+    (tmp_path/'instances.json').write_text(json.dumps(dict(images=images, annotations=annotations, categories=kinds)))
+    (tmp_path/'captions.json').write_text(json.dumps(dict(images=images, annotations=captions)))
+    return tmp_path
+
+def test_from_a_coco_folder_to_an_explained_image(coco):
+    built = call('megl', 'data', 'build', 'coco', '--images', coco/'images', '--instances', coco/'instances.json', '--captions', coco/'captions.json', '--out', coco/'data')
+    assert '24' in built.stdout
+    assert '24 samples, 0 broken' in call('megl', 'data', 'check', coco/'data').stdout
+    (coco/'data'/'images'/'3.png').write_bytes(b'no picture')
+    broken = call('megl', 'data', 'check', coco/'data', check=False)
+    assert broken.returncode == 2 and '3.png' in broken.stdout + broken.stderr
+    (coco/'data'/'images'/'3.png').write_bytes((coco/'images'/'3.png').read_bytes())
+    call('megl', 'run', 'figure1', '-p', 'dataset', coco/'data', '-p', 'device', 'cpu', '--out-dir', coco/'out')
+    assert (coco/'out'/'figures'/'figure1.png').stat().st_size > 10_000
+    model = next(p.parent for p in coco.glob('out/runs/*/model/generator'))
+    said = call('megl', 'explain', coco/'images'/'0.png', '--model', model, '--out', coco/'why.png')
+    assert said.stdout.split(' ')[0] in ('left', 'right') and (coco/'why.png').exists()
