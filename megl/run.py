@@ -307,12 +307,13 @@ def run_notebook(
     pm.execute_notebook(path, done, {**parameters, 'out_dir': str(out)}, cwd=path.parent, kernel_name='python3', progress_bar=False, stdout_file=sys.stdout)
     return done
 
-# %% ../nbs/13_run.ipynb #19a84c7f
+# %% ../nbs/13_run.ipynb #523747c1
 def _reproduce(a):
-    began = time.time()
+    import papermill as pm
+    began, wanted = time.time(), dict(preset=a.preset, seeds=a.seeds, device=a.device, force=a.force)
     for name in REPRODUCE:
         print(f'\n── {name} ──', flush=True)
-        run_notebook(name, dict(preset=a.preset, seeds=a.seeds, device=a.device, force=a.force), a.out_dir)
+        run_notebook(name, {k: v for k, v in wanted.items() if k in pm.inspect_notebook(experiments()[name])}, a.out_dir)
     out = project_root()/a.out_dir
     for t in sorted((out/'tables').glob('table[24].md')): print(f'\n{t.read_text()}')
     print('written:', *(str(p) for d in ('tables', 'figures') for p in sorted((out/d).glob('*')) if p.stem in REPRODUCE), sep='\n  ')
@@ -344,7 +345,7 @@ def _explain(a):
     column = dict(title='map', map=e.map, predicted=e.label, rationale=e.rationale)
     explanation_figure([dict(image=image, label=e.label, annotation=None, columns=[column])]).savefig(a.out, bbox_inches='tight'); print(a.out)
 
-# %% ../nbs/13_run.ipynb #0454c70f
+# %% ../nbs/13_run.ipynb #9698545f
 def parser() -> argparse.ArgumentParser:
     "The command's arguments."
     top = argparse.ArgumentParser('megl', description='Multimodal Explanation-Guided Learning: rerun tables and figures, build data, explain images.')
@@ -374,4 +375,6 @@ def main(args=None):
     a = parser().parse_args(args)
     try: a.do(a)
     except (ValueError, OSError) as e: sys.exit(print(f'megl: {e}', file=sys.stderr) or 2)
+    except RuntimeError as e: # a cell of a notebook failed; papermill's message holds its traceback
+        sys.exit(print(f'megl: {e}', file=sys.stderr) or 1)
     except KeyboardInterrupt: sys.exit(print('\nmegl: interrupted; run the same command again to continue', file=sys.stderr) or 130)
