@@ -93,7 +93,7 @@ def explain(self: MEGL,
     said = [None]*len(images) if self.generator is None else self.generator.generate(images, cam.maps, cam.pooled, max_new_tokens)
     return [Explanation(self.classes[i], p, m, t) for i, p, m, t in zip(top.indices.tolist(), top.values.tolist(), cam.maps, said)]
 
-# %% ../nbs/08_model.ipynb #58e27f49
+# %% ../nbs/08_model.ipynb #5c4c9dab
 @patch
 def save_pretrained(self: MEGL,
     folder: Path|str, # made if absent
@@ -120,6 +120,7 @@ def from_pretrained(cls: MEGL,
     generator = None
     if g := config['generator']:
         from megl.rationale import RationaleGenerator
-        generator = RationaleGenerator.from_pretrained(base or g['base'] or folder/'generator'/'base', g['feature_dim'], question=g['question'])
+        try: generator = RationaleGenerator.from_pretrained(base or g['base'] or folder/'generator'/'base', g['feature_dim'], question=g['question'])
+        except OSError as e: raise OSError(f'{e}; if the base model has moved, say where it is with base=…') from None
         generator.load_trained(folder/'generator')
     return cls(classifier, generator, config['classes']).eval()

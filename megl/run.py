@@ -7,10 +7,9 @@ __all__ = ['METHODS', 'LAMBDAS', 'PRESETS', 'CODE', 'REPRODUCE', 'Preset', 'Run'
            'run_folder', 'execute', 'execute_all', 'load_predictions', 'metrics_of', 'result_rows', 'check_injected',
            'Experiment', 'experiments', 'run_notebook', 'parser', 'main']
 
-# %% ../nbs/13_run.ipynb #8a925baa
-import argparse, ast, json, os, sys, time
+# %% ../nbs/13_run.ipynb #be4547a3
+import argparse, ast, json, shutil, sys, time
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -58,13 +57,13 @@ PRESETS = {p.name: p for p in (
     Preset('demo', TrainConfig(epochs=12, lr=2e-3, lr_generator=1e-3), PretrainConfig(), lambdas=LAMBDAS),
 )}
 
-# %% ../nbs/13_run.ipynb #5690d913
+# %% ../nbs/13_run.ipynb #c1ffe09c
 CODE = ('core', 'data', 'classifiers', 'saliency', 'losses', 'rationale', 'model', 'train') # what a run's numbers depend on
 
 @dataclass(frozen=True)
 class Run:
     "One training run: everything that determines its numbers."
-    dataset: str
+    dataset: str # name or folder, as it was given; not part of the identity, the fingerprint is
     backbone: str
     method: str
     seed: int
@@ -74,11 +73,12 @@ class Run:
     pretrain: PretrainConfig|None # None where no language model takes part
     llava: tuple
     lora: tuple
-    fingerprint: str # of the data
+    fingerprint: str # of the data: metadata, images, maps, and the order of the classes
     code: str # hash of the code, when the run was made
+    device: str # cpu, cuda, mps: each rounds in its own way
 
     @property
-    def id(self): return stable_hash(self)
+    def id(self): return stable_hash({k: v for k, v in asdict(self).items() if k != 'dataset'})
     def __str__(self): return f'{self.dataset} {self.backbone} {self.method} seed {self.seed}'
 
 def make_run(
@@ -88,6 +88,7 @@ def make_run(
     seed: int,
     preset: str = 'smoke', # see PRESETS
     epochs: int = 0, # 0: the preset's
+    device: str = 'auto', # where it is to run
     **overrides # of TrainConfig: for instance lambda_v=.3
 ) -> Run:
     "Resolve names and preset into a run. Raises `ValueError` listing the valid names."
@@ -95,22 +96,24 @@ def make_run(
     p = PRESETS[choose('preset', preset, PRESETS)]; on = METHODS[method]
     weights = dict(zip(('lambda_t', 'lambda_v'), p.weights(backbone)))
     weights = {'lambda_t': weights['lambda_t']*on[0], 'lambda_v': weights['lambda_v']*on[1], 'lambda_dc': None if on[2] else 0.}
-    train = replace(p.train, seed=seed, **{**weights, **overrides}, **(dict(epochs=epochs) if epochs else {}))
-    text = bool(train.lambda_t)
-    return Run(dataset, backbone, method, seed, preset, train, p.limit, p.pretrain if text else None, p.llava if text else (), p.lora if text else (), _fingerprint(dataset), code_hash(CODE))
+    chosen = {k: float(v) if k.startswith('lambda') and v is not None else v for k, v in {**weights, **overrides}.items()}
+    train = replace(p.train, seed=seed, **chosen, **(dict(epochs=epochs) if epochs else {}))
+    pretrain, llava, lora = (p.pretrain, p.llava, p.lora) if train.lambda_t else (None, (), ())
+    return Run(str(dataset), backbone, method, seed, preset, train, p.limit, pretrain, llava, lora,
+               _fingerprint(load_dataset(dataset)), code_hash(CODE), get_device(device).type)
 
-@cache
-def _fingerprint(dataset): return load_dataset(dataset).fingerprint
+def _fingerprint(ds): return stable_hash([ds.fingerprint, ds.classes])
 
-# %% ../nbs/13_run.ipynb #772b24b8
-def _split(run, split):
+# %% ../nbs/13_run.ipynb #1f693159
+def _split(run, split): # as far as the preset's limit goes
     ds = load_dataset(run.dataset, split); n = dict(run.limit).get(split)
+    if _fingerprint(ds) != run.fingerprint: raise ValueError(f'{ds.root}: the data changed after this run was defined: start again')
     return ds if n is None or n >= len(ds) else ds.subset(range(n))
 
-def base_llava(run: Run, out: Path, device='auto') -> Path: # the checkpoint's folder
+def base_llava(run: Run, out: Path|str, device='auto') -> Path: # the checkpoint's folder
     "The pre-trained small LLaVA that a run adapts; made once for all runs that need the same one."
     key = stable_hash([run.pretrain, run.llava, run.limit, run.fingerprint, code_hash(('core', 'data', 'rationale', 'train'))])
-    folder = out/'runs'/f'base-{key}'; folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(out).resolve()/'runs'/f'base-{key}'; folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{folder}.lock'):
         if not (folder/'pretrain.json').exists():
             train = _split(run, 'train'); has = any(r['split'] == 'pretrain' for r in load_dataset(run.dataset).records)
@@ -122,13 +125,14 @@ def base_llava(run: Run, out: Path, device='auto') -> Path: # the checkpoint's f
 def build_model(run: Run, out: Path, classes: list, device='auto'):
     "The run's model before training."
     from megl.model import MEGL
+    base = base_llava(run, out, device) if run.train.lambda_t else None # before seeding: it draws numbers itself
     set_seed(run.seed); classifier = create_classifier(run.backbone, len(classes)); generator = None
-    if run.train.lambda_t:
+    if base:
         from megl.rationale import RationaleGenerator, lora_config
-        generator = RationaleGenerator.from_pretrained(base_llava(run, out, device), classifier.head.in_features, lora=lora_config(**dict(run.lora)))
+        generator = RationaleGenerator.from_pretrained(base, classifier.head.in_features, lora=lora_config(**dict(run.lora)))
     return MEGL(classifier, generator, classes).to(get_device(device))
 
-# %% ../nbs/13_run.ipynb #00b1eb93
+# %% ../nbs/13_run.ipynb #036ce041
 def run_folder(run: Run, out: Path|str) -> Path: return Path(out)/'runs'/run.id
 
 def execute(
@@ -138,7 +142,6 @@ def execute(
     force: bool = False, # train again even if finished
 ) -> str: # one line about what was done
     "Train, predict on the test split, and store. A finished run is left alone; an unfinished one is continued."
-    import shutil
     out = Path(out); folder = run_folder(run, out); folder.mkdir(parents=True, exist_ok=True)
     if get_device(device).type == 'cpu': torch.set_num_threads(1)
     with FileLock(folder/'lock'):
@@ -150,17 +153,17 @@ def execute(
         model = build_model(run, out, train.classes, device)
         history = fit(model, train, val, run.train, folder, device, progress=False, quiet=True)
         predictions = predict_dataset(model, test, rationales=bool(run.train.lambda_t))
-        predictions.to_parquet(folder/'predictions.parquet'); history.to_csv(folder/'history.csv', index=False)
+        write_atomic(folder/'predictions.parquet', predictions.to_parquet()); history.to_csv(folder/'history.csv', index=False)
         model.save_pretrained(folder/'model')
         seconds = time.time() - began
         write_atomic(folder/'run.json', json.dumps(dict(id=run.id, run=asdict(run), seconds=seconds, device=str(get_device(device)), **provenance()), indent=1))
         (folder/'last.pt').unlink()
     return f'{run}: trained in {seconds:.0f} s'
 
-# %% ../nbs/13_run.ipynb #bf4f9336
+# %% ../nbs/13_run.ipynb #cf0c6b5d
 def _prepare(run, out, device): # the shared part of a run, so that no process waits for another's pre-training
     if get_device(device).type == 'cpu': torch.set_num_threads(1)
-    base_llava(run, Path(out), device)
+    base_llava(run, out, device)
 
 def execute_all(
     runs: list, # of `Run`
@@ -170,12 +173,12 @@ def execute_all(
     jobs: int|None = None, # processes; None: one per core on a CPU, one on a GPU
 ):
     "Execute what is not finished yet, several runs at a time."
-    from joblib import Parallel, delayed
+    from joblib import Parallel, cpu_count, delayed
     runs = list({r.id: r for r in runs}.values()); began = time.time()
     todo = [r for r in runs if force or not (run_folder(r, out)/'run.json').exists()]
     if len(runs) > len(todo): print(f'{len(runs)-len(todo)} of {len(runs)} runs are finished and are reused')
     if not todo: return
-    jobs = jobs or (min(os.cpu_count() or 1, len(todo)) if get_device(device).type == 'cpu' and todo[0].preset != 'smoke' else 1)
+    jobs = jobs or (min(cpu_count(), len(todo)) if get_device(device).type == 'cpu' and todo[0].preset != 'smoke' else 1)
     parallel = Parallel(n_jobs=jobs, return_as='generator_unordered')
     bases = list({stable_hash([r.pretrain, r.llava, r.limit, r.fingerprint]): r for r in todo if r.train.lambda_t}.values())
     if bases: print(f'pre-training (or finding) {len(bases)} small LLaVA …', flush=True); list(parallel(delayed(_prepare)(r, out, device) for r in bases))
@@ -183,12 +186,12 @@ def execute_all(
     for i, line in enumerate(parallel(delayed(execute)(r, out, device, force) for r in order), 1):
         print(f'[{i}/{len(todo)}] {line} · {time.time()-began:.0f} s so far', flush=True)
 
-# %% ../nbs/13_run.ipynb #04255f06
+# %% ../nbs/13_run.ipynb #f05ce639
 def load_predictions(run: Run, out: Path|str) -> pd.DataFrame:
     "The predictions of a finished run."
-    path = run_folder(run, out)/'predictions.parquet'
-    if not path.exists(): raise FileNotFoundError(f'{path}: run "{run}" is not finished: execute it first')
-    return pd.read_parquet(path)
+    folder = run_folder(run, out)
+    if not (folder/'run.json').exists(): raise FileNotFoundError(f'{folder}: run "{run}" is not finished: execute it first')
+    return pd.read_parquet(folder/'predictions.parquet')
 
 def metrics_of(run: Run, out: Path|str) -> dict: # name → dict(value, n)
     "Classification, visual and text metrics of a finished run on the test split."
@@ -235,7 +238,7 @@ def check_injected(
             declared = next(d for s in reversed(history[:i]) if (d := _assigned(s)))
             for name in _assigned(source): choose('parameter', name, declared)
 
-# %% ../nbs/13_run.ipynb #9f5449ee
+# %% ../nbs/13_run.ipynb #489ea3e4
 @dataclass
 class Experiment:
     "The parameters of an experiment notebook, checked, and what follows from them."
@@ -262,36 +265,43 @@ class Experiment:
         if not isinstance(self.epochs, int) or self.epochs < 0: raise ValueError(f"epochs is 0 (the preset's) or more, not {self.epochs!r}")
         get_device(self.device)
         self.out = project_root()/self.out_dir; self.out.mkdir(parents=True, exist_ok=True)
-        for d in self.datasets: _fingerprint(d) # an unknown or broken dataset is refused before anything runs
+        for d in self.datasets: load_dataset(d) # an unknown or broken dataset is refused before anything runs
 
     def runs(self, methods=None, backbones=None, datasets=None, **overrides) -> list:
         "The runs of all datasets, backbones, methods and seeds."
-        return [make_run(d, b, m, s, self.preset, self.epochs, **overrides) for d in datasets or self.datasets
+        return [self.run(d, b, m, s, **overrides) for d in datasets or self.datasets
                 for b in backbones or self.config.backbones for m in methods or self.method_list for s in range(self.seeds)]
+
+    def run(self, dataset, backbone, method, seed, **overrides) -> Run:
+        "One run under this experiment's preset, epochs and device."
+        return make_run(dataset, backbone, method, seed, self.preset, self.epochs, self.device, **overrides)
 
     def execute(self, runs):
         "Execute what is not finished."
-        execute_all(runs, self.out, self.device, self.force and not self.executed); self.executed += runs
+        done = {r.id for r in self.executed}
+        execute_all([r for r in runs if r.id not in done], self.out, self.device, self.force); self.executed += runs
         return runs
 
-    def finish(self, paths: list) -> str:
+    def finish(self, paths: list, **more) -> str: # more: parameters of this notebook alone
         "Append to the manifest and give the line of provenance."
         root, p = project_root(), provenance()
         inside = lambda f: str(f.relative_to(root)) if f.is_relative_to(root) else str(f)
         entry = dict(notebook=self.name, time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
-            parameters={k: getattr(self, k) for k in ('preset', 'dataset', 'methods', 'seeds', 'epochs', 'device', 'out_dir', 'force')},
+            parameters={k: getattr(self, k) for k in ('preset', 'dataset', 'methods', 'seeds', 'epochs', 'device', 'out_dir', 'force')} | more,
             commit=p['commit'], dirty=p['dirty'], versions=p['versions'], device=str(get_device(self.device)), seconds=round(time.time() - self.began, 1),
             runs=sorted({r.id for r in self.executed}), outputs={inside(Path(f).resolve()): sha256(f) for f in paths})
         with FileLock(self.out/'.manifest.lock'), open(self.out/'manifest.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(entry) + '\n')
         return (f"{self.name}: preset {self.preset}, {self.seeds} seed{'s'*(self.seeds > 1)}, commit {(p['commit'] or 'none')[:9]}"
                 f"{' with local changes' if p['dirty'] else ''}, torch {p['versions']['torch']}, {entry['device']}\n" + '\n'.join(entry['outputs']))
 
-# %% ../nbs/13_run.ipynb #c86206ef
+# %% ../nbs/13_run.ipynb #d1896dfa
 REPRODUCE = ('table1', 'table2', 'table4', 'figure1') # in this order: later ones reuse the runs of earlier ones
 
 def experiments() -> dict: # short name → path
     "The experiment notebooks, by the part of their name after the number."
-    return {p.stem.split('_', 1)[1]: p for p in sorted((project_root()/'nbs').glob('[2-7]?_*.ipynb'))}
+    found = {p.stem.split('_', 1)[1]: p for p in sorted((project_root()/'nbs').glob('[2-7]?_*.ipynb'))}
+    if not found: raise FileNotFoundError(f'no nbs/ at or above {Path.cwd()}: run this inside a clone of the repository')
+    return found
 
 def run_notebook(
     name: str, # such as table2
@@ -304,13 +314,16 @@ def run_notebook(
     declared = pm.inspect_notebook(path)
     for k in parameters: choose(f'parameter of {path.name}', k, declared)
     done = project_root()/out/'runs'/'notebooks'/path.name; done.parent.mkdir(parents=True, exist_ok=True)
-    pm.execute_notebook(path, done, {**parameters, 'out_dir': str(out)}, cwd=path.parent, kernel_name='python3', progress_bar=False, stdout_file=sys.stdout)
+    try: pm.execute_notebook(path, done, {**parameters, 'out_dir': str(out)}, cwd=path.parent, kernel_name='python3',
+                             progress_bar=False, stdout_file=sys.stdout)
+    except pm.PapermillExecutionError as e:
+        raise RuntimeError(f'{path.name}, cell {e.exec_count}: {e.ename}: {e.evalue}\nthe executed notebook, with the traceback: {done}') from None
     return done
 
-# %% ../nbs/13_run.ipynb #523747c1
+# %% ../nbs/13_run.ipynb #294e7ffd
 def _reproduce(a):
     import papermill as pm
-    began, wanted = time.time(), dict(preset=a.preset, seeds=a.seeds, device=a.device, force=a.force)
+    began, wanted = time.time(), dict(preset=a.preset, seeds=a.seeds, device=a.device)
     for name in REPRODUCE:
         print(f'\n── {name} ──', flush=True)
         run_notebook(name, {k: v for k, v in wanted.items() if k in pm.inspect_notebook(experiments()[name])}, a.out_dir)
@@ -345,7 +358,7 @@ def _explain(a):
     column = dict(title='map', map=e.map, predicted=e.label, rationale=e.rationale)
     explanation_figure([dict(image=image, label=e.label, annotation=None, columns=[column])]).savefig(a.out, bbox_inches='tight'); print(a.out)
 
-# %% ../nbs/13_run.ipynb #9698545f
+# %% ../nbs/13_run.ipynb #9d5b7b8c
 def parser() -> argparse.ArgumentParser:
     "The command's arguments."
     top = argparse.ArgumentParser('megl', description='Multimodal Explanation-Guided Learning: rerun tables and figures, build data, explain images.')
@@ -354,9 +367,9 @@ def parser() -> argparse.ArgumentParser:
         p = to.add_parser(name, help=text, description=text); p.set_defaults(do=do); return p
     p = add(sub, 'reproduce', _reproduce, "Run the notebooks of the paper's tables and figures.")
     p.add_argument('--preset', default='demo', choices=PRESETS); p.add_argument('--seeds', type=int, default=1, help='how many (default 1)')
-    p.add_argument('--device', default='auto'); p.add_argument('--out-dir', default='results'); p.add_argument('--force', action='store_true', help='train again what is finished')
+    p.add_argument('--device', default='auto'); p.add_argument('--out-dir', default='results')
     p = add(sub, 'run', _run, 'Execute one experiment notebook by papermill.')
-    p.add_argument('experiment', help=', '.join(experiments())); p.add_argument('-p', dest='parameters', nargs=2, action='append', metavar=('NAME', 'VALUE'))
+    p.add_argument('experiment', help='such as table2: a notebook of nbs/, by the part of its name after the number'); p.add_argument('-p', dest='parameters', nargs=2, action='append', metavar=('NAME', 'VALUE'))
     p.add_argument('--out-dir', default='results/runs/smoke', help='where results go (default results/runs/smoke; the committed results are in results)')
     data = sub.add_parser('data', help='Build or check a dataset.').add_subparsers(required=True, metavar='COMMAND')
     p = add(add(data, 'build', None, 'Turn a source into a dataset folder.').add_subparsers(required=True, metavar='SOURCE'), 'coco', _build, 'A COCO-format folder: masks become maps, captions rationales.')
@@ -375,6 +388,6 @@ def main(args=None):
     a = parser().parse_args(args)
     try: a.do(a)
     except (ValueError, OSError) as e: sys.exit(print(f'megl: {e}', file=sys.stderr) or 2)
-    except RuntimeError as e: # a cell of a notebook failed; papermill's message holds its traceback
+    except RuntimeError as e: # a cell of a notebook failed
         sys.exit(print(f'megl: {e}', file=sys.stderr) or 1)
     except KeyboardInterrupt: sys.exit(print('\nmegl: interrupted; run the same command again to continue', file=sys.stderr) or 130)

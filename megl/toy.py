@@ -16,7 +16,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from .core import choose, code_hash, stable_hash
 
-# %% ../nbs/01_toy.ipynb #ca7e89e2
+# %% ../nbs/01_toy.ipynb #0efc9922
 @dataclass(frozen=True)
 class ToyConfig:
     "All that determines a world besides its name."
@@ -24,7 +24,7 @@ class ToyConfig:
     val: int = 400
     test: int = 800
     pretrain: int = 2400
-    rho: float = 0.7          # P(context agrees with the class) in training; elsewhere it is independent of the class
+    rho: float = 0.7          # P(the context is the class's own) in training; else, and in the other splits, it is drawn uniformly
     context: float = 0.25     # strength of the background texture, 0–1
     annotated: float = 0.09   # share of training scenes that carry maps; validation and test scenes all do
     centre: float = 6.0       # standard deviation of the thing's position about the centre, pixels

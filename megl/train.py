@@ -7,7 +7,7 @@ __all__ = ['TrainConfig', 'param_groups', 'lr_scale', 'EpochSampler', 'predict_d
            'trained_state', 'save_checkpoint', 'load_checkpoint', 'fit', 'PretrainConfig', 'random_maps',
            'bags_of_words', 'pretrain_llava']
 
-# %% ../nbs/10_train.ipynb #4b87dc4f
+# %% ../nbs/10_train.ipynb #ecca4080
 import math, os, sys, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from .core import get_device, set_seed, stable_hash
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
 from .data import collate, eval_transform, train_transform
@@ -129,7 +130,7 @@ def load_checkpoint(path: Path) -> dict:
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise RuntimeError(f'{path}: not a readable checkpoint ({type(e).__name__}): delete it to start this run anew') from None
 
-# %% ../nbs/10_train.ipynb #4c6c1c0c
+# %% ../nbs/10_train.ipynb #1a499b05
 def _epoch(model, loader, optimizer, accelerator, config, epoch, mean_map, progress):
     "One epoch; returns the mean of each term."
     model.train(); sums, n, start = {}, 0, epoch*len(loader); steps = config.epochs*len(loader)
@@ -164,8 +165,10 @@ def fit(
     "Train `model` in place and leave it with its best weights. Raises `FloatingPointError` where a term is not finite."
     if config.lambda_t and model.generator is None: raise ValueError('lambda_t is above 0 but the model has no generator')
     progress = sys.stderr.isatty() if progress is None else progress
-    set_seed(config.seed); size = model.classifier.image_size
-    accelerator = Accelerator(cpu=get_device(device).type == 'cpu', mixed_precision=config.precision, gradient_accumulation_steps=config.accumulate)
+    set_seed(config.seed); size, device = model.classifier.image_size, get_device(device)
+    if device.type == 'cuda' and device.index is not None: torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized(): AcceleratorState._reset_state(True) # an earlier run of this process may have used another device
+    accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision=config.precision, gradient_accumulation_steps=config.accumulate)
     train = train.with_transform(train_transform(size)); sampler = EpochSampler(len(train), config.seed)
     loader = DataLoader(train, config.batch_size, sampler=sampler, collate_fn=collate, drop_last=len(train) > config.batch_size)
     mean_map = train.mean_map(model.classifier.grid).to(accelerator.device) if config.weight_dc else None

@@ -34,6 +34,15 @@ def test_papermill_with_an_unknown_parameter_stops(tmp_path):
     run = call('megl', 'run', 'table2', '-p', 'sedes', '3', check=False)
     assert run.returncode == 2 and run.stderr.startswith("megl: unknown parameter") and 'seeds' in run.stderr
 
+def test_reproduce_writes_everything_and_then_reuses_it(tmp_path):
+    wanted = [f'tables/table{n}.{kind}' for n in (1, 2, 4) for kind in ('csv', 'md', 'tex')] + ['figures/figure1.png', 'figures/figure1.pdf']
+    args = 'megl', 'reproduce', '--preset', 'smoke', '--device', 'cpu', '--out-dir', tmp_path
+    first = call(*args).stdout
+    assert not [f for f in wanted if not (tmp_path/f).exists() or str(tmp_path/f) not in first] and '| Backbone |' in first
+    tables = [(tmp_path/f).read_bytes() for f in wanted]
+    again = call(*args).stdout
+    assert 'trained in' not in again and tables == [(tmp_path/f).read_bytes() for f in wanted]
+
 RUN = '''
 import sys
 from megl.run import execute, make_run
