@@ -57,7 +57,7 @@ PRESETS = {p.name: p for p in (
     Preset('demo', TrainConfig(epochs=12, lr=2e-3, lr_generator=1e-3), PretrainConfig(), lambdas=LAMBDAS),
 )}
 
-# %% ../nbs/13_run.ipynb #c1ffe09c
+# %% ../nbs/13_run.ipynb #b03e9b1f
 CODE = ('core', 'data', 'classifiers', 'saliency', 'losses', 'rationale', 'model', 'train') # what a run's numbers depend on
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Run:
 
     @property
     def id(self): return stable_hash({k: v for k, v in asdict(self).items() if k != 'dataset'})
-    def __str__(self): return f'{self.dataset} {self.backbone} {self.method} seed {self.seed}'
+    def __str__(self): return f'{Path(self.dataset).name} {self.backbone} {self.method} seed {self.seed}'
 
 def make_run(
     dataset: str, # name or folder

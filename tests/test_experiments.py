@@ -24,7 +24,7 @@ def test_three_ways_give_the_same_table(tmp_path):
 def test_trained_numbers_do_not_depend_on_the_way(tmp_path):
     chosen = ['-p', 'dataset', 'toy-object', '-p', 'methods', 'plain', '-p', 'device', 'cpu']
     call('megl', 'run', 'table2', *chosen, '--out-dir', tmp_path/'command')
-    call('papermill', ROOT/'nbs'/'21_table2.ipynb', tmp_path/'out.ipynb', *chosen, '-p', 'out_dir', tmp_path/'papermill', cwd=tmp_path)
+    call('papermill', '21_table2.ipynb', tmp_path/'out.ipynb', *chosen, '-p', 'out_dir', tmp_path/'papermill', cwd=ROOT/'nbs')
     a, b = ((tmp_path/way/'tables'/'table2.csv').read_bytes() for way in ('command', 'papermill'))
     assert a == b
 
