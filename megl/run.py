@@ -238,7 +238,7 @@ def check_injected(
             declared = next(d for s in reversed(history[:i]) if (d := _assigned(s)))
             for name in _assigned(source): choose('parameter', name, declared)
 
-# %% ../nbs/13_run.ipynb #489ea3e4
+# %% ../nbs/13_run.ipynb #9c47a7ae
 @dataclass
 class Experiment:
     "The parameters of an experiment notebook, checked, and what follows from them."
@@ -290,7 +290,8 @@ class Experiment:
             parameters={k: getattr(self, k) for k in ('preset', 'dataset', 'methods', 'seeds', 'epochs', 'device', 'out_dir', 'force')} | more,
             commit=p['commit'], dirty=p['dirty'], versions=p['versions'], device=str(get_device(self.device)), seconds=round(time.time() - self.began, 1),
             runs=sorted({r.id for r in self.executed}), outputs={inside(Path(f).resolve()): sha256(f) for f in paths})
-        with FileLock(self.out/'.manifest.lock'), open(self.out/'manifest.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(entry) + '\n')
+        (self.out/'runs').mkdir(exist_ok=True)
+        with FileLock(self.out/'runs'/'manifest.lock'), open(self.out/'manifest.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(entry) + '\n')
         return (f"{self.name}: preset {self.preset}, {self.seeds} seed{'s'*(self.seeds > 1)}, commit {(p['commit'] or 'none')[:9]}"
                 f"{' with local changes' if p['dirty'] else ''}, torch {p['versions']['torch']}, {entry['device']}\n" + '\n'.join(entry['outputs']))
 
