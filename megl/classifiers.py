@@ -109,7 +109,7 @@ def resnet_tiny(
     "A stem and three `BasicBlock`s."
     return _load(ResNetTiny(num_classes), weights, None)
 
-# %% ../nbs/04_classifiers.ipynb #b4b801ac
+# %% ../nbs/04_classifiers.ipynb #a931431a
 class ViT(torchvision.models.VisionTransformer):
     "torchvision's VisionTransformer whose last block computes the CLS row only."
     mean, std = IMAGENET['mean'], IMAGENET['std']
@@ -127,7 +127,7 @@ class ViT(torchvision.models.VisionTransformer):
     ) -> torch.Tensor: # (B, 1+N, D), CLS first
         "The tokens that enter the last block."
         x = self._process_input(images)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1)
+        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1)
         x = self.encoder.dropout(x + self.encoder.pos_embedding)
         for block in list(self.encoder.layers)[:-1]: x = block(x)
         return x
