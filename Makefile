@@ -12,13 +12,16 @@ CLEAR := --clear
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help reproduce test lab check readme lock clean
+.PHONY: help reproduce ablations test lab check readme lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
-reproduce: $(STAMP) ## run every experiment at demo scale and write results/
+reproduce: $(STAMP) ## the paper's tables and figures at demo scale, one seed: writes results/
 	$(BIN)/megl reproduce $(ARGS)
+
+ablations: $(STAMP) ## the experiments beyond the paper, one seed: writes results/
+	$(BIN)/megl ablations $(ARGS)
 
 test: $(STAMP) ## run every notebook in a real kernel, and the rules of the repository
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 5 tests $(ARGS)

@@ -9,7 +9,7 @@ __all__ = ['THRESHOLDS', 'VISUAL_SCORES', 'PTB_JAR', 'METEOR_JAR', 'SPICE_JAR', 
            'randomization_cascade', 'randomization_check', 'java_command', 'ptb_tokenize', 'MeteorProcess',
            'meteor_process', 'spice_scores', 'clip_score', 'missing_scores', 'text_metrics']
 
-# %% ../nbs/11_metrics.ipynb #e8ce8b2b
+# %% ../nbs/11_metrics.ipynb #92917b5b
 import copy, functools, json, math, os, shutil, subprocess, tempfile, threading
 from pathlib import Path
 from typing import NamedTuple
@@ -26,8 +26,6 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 from scipy.stats import rankdata
 
 from .core import choose
-from .classifiers import create_classifier
-from .saliency import cam_forward
 
 # %% ../nbs/11_metrics.ipynb #8d8b567b
 def _labelled(labels, predictions, num_classes): # both as integer arrays
@@ -147,7 +145,7 @@ def visual_metrics(
     means = {k: float(each[k].mean()) for k in VISUAL_SCORES if k not in ('iou', 'dead')}
     return dict(miou=float(mean[0]), n=n, dead=dead, curve=curve, defined=int(each.energy.notna().sum()), **means)
 
-# %% ../nbs/11_metrics.ipynb #8c73059c
+# %% ../nbs/11_metrics.ipynb #ea02e6f6
 class Faithfulness(NamedTuple):
     "Insertion and deletion, sample by sample."
     insertion: np.ndarray # (N,) area under the curve, in [0,1]; more is better; NaN for a dead map
@@ -164,10 +162,10 @@ def baseline_images(
     if choose('baseline', baseline, ('blur', 'mean')) == 'mean': return images.mean((2, 3), keepdim=True).expand_as(images)
     def blur(n): # (n,n) weights
         at = torch.arange(n, device=images.device, dtype=images.dtype)
-        return (-(at[:, None] - at)**2/(2*(max(images.shape[2:])/12)**2)).softmax(1)
+        return (-(at[:, None] - at)**2/(2*(max(images.shape[2:])/6)**2)).softmax(1)
     return blur(images.shape[2]) @ images @ blur(images.shape[3]).T
 
-# %% ../nbs/11_metrics.ipynb #ccc9703b
+# %% ../nbs/11_metrics.ipynb #7a88b95e
 @torch.no_grad()
 def insertion_deletion(
     classifier_probs, # a function: images (B,3,H,W) in [0,1] → probabilities (B,C); for instance `MEGL.predict`
@@ -188,7 +186,7 @@ def insertion_deletion(
     curves = torch.zeros(2, N, steps + 1)
     for i in torch.arange(N).split(max(1, batch_size//2)):
         x, b, up = images[i], base[i], F.interpolate(maps[i][:, None], (H, W), mode='bilinear').flatten(1)
-        order = shuffle[up[:, shuffle].argsort(1, descending=True, stable=True)]
+        order = shuffle[up[:, shuffle].argsort(dim=1, descending=True, stable=True)]
         rank = torch.empty_like(order).scatter_(1, order, torch.arange(H*W, device=x.device).expand_as(order)).view(-1, 1, H, W)
         target = classifier_probs(x).argmax(1, keepdim=True)
         for k, n in enumerate(changed):
@@ -220,7 +218,7 @@ def map_ssim(
     cov = (a*b).mean(1) - ma*mb
     return (2*ma*mb + c1)*(2*cov + c2)/((ma**2 + mb**2 + c1)*(a.var(1) + b.var(1) + c2))
 
-# %% ../nbs/11_metrics.ipynb #73a71887
+# %% ../nbs/11_metrics.ipynb #10810f68
 @torch.no_grad()
 def randomization_cascade(
     classifier, # see `megl.classifiers`
@@ -230,6 +228,8 @@ def randomization_cascade(
     untrained=None, # it, where `create_classifier` does not know the kind
 ): # yields (layer, share of the parameters that are untrained, `CamOutput`); first ('', 0, trained)
     "Maps of a classifier that loses its training from the head down (Adebayo et al., 2018)."
+    from megl.classifiers import create_classifier
+    from megl.saliency import cam_forward
     device = images.device
     if untrained is None:
         with torch.random.fork_rng():
@@ -242,7 +242,7 @@ def randomization_cascade(
     target, size = trained.logits.argmax(1), lambda m: sum(p.numel() for p in m.parameters(recurse=False))
     yield '', 0., trained
     layers = [(n, m) for n, m in model.named_modules() if size(m)][::-1]
-    stops = set(np.linspace(1, len(layers), min(points, len(layers))).round().astype(int))
+    stops = set(np.linspace(len(layers), 1, min(points, len(layers))).round().astype(int))
     done, total = 0, sum(size(m) for _, m in layers)
     for k, (name, m) in enumerate(layers, 1):
         theirs = [*fresh[name].parameters(recurse=False), *fresh[name].buffers(recurse=False)]

@@ -19,7 +19,7 @@ from .model import Inference, MeglOutput
 from .rationale import IMAGE, RationaleGenerator, prompt
 from transformers import DynamicCache
 
-# %% ../nbs/09_mllm.ipynb #0571bca1
+# %% ../nbs/09_mllm.ipynb #59aca893
 class Context:
     "What the language model has read, for a batch: cached keys and values, and which of them count."
     def __init__(self,
@@ -33,17 +33,20 @@ class Context:
 
     def _embed(self, ids): return self.generator.model.get_input_embeddings()(ids)
     def _hidden(self, embeddings, mask, position):
-        return self.generator.model.model.language_model(inputs_embeds=embeddings, attention_mask=mask, position_ids=position,
-                                                         past_key_values=self.cache, use_cache=True).last_hidden_state
+        with self.generator.autocast():
+            return self.generator.model.model.language_model(inputs_embeds=embeddings, attention_mask=mask, position_ids=position,
+                                                             past_key_values=self.cache, use_cache=True).last_hidden_state
+    def _head(self, hidden): # float32 logits
+        with self.generator.autocast(): return self.generator.model.lm_head(hidden).float()
     def _feed(self, embeddings, valid): # (B, n, D) and (B, n) bool, padded on the right
         position = (self.mask.sum(1, keepdim=True) + valid.cumsum(1) - 1).clamp(min=0)
         self.mask = torch.cat([self.mask, valid], 1)
         hidden = self._hidden(embeddings, self.mask.long(), position)
         last = hidden[torch.arange(len(valid), device=valid.device), (valid.sum(1) - 1).clamp(min=0)]
-        logits = self.generator.model.lm_head(last).float()
+        logits = self._head(last)
         self.logits = logits if self.logits is None else torch.where(valid.any(1, keepdim=True), logits, self.logits)
 
-# %% ../nbs/09_mllm.ipynb #381bf6cb
+# %% ../nbs/09_mllm.ipynb #8d18ea34
 def _pad(texts, device): # ids (B, n), valid (B, n)
     width = max(map(len, texts))
     ids = torch.tensor([[*t, *[0]*(width - len(t))] for t in texts], device=device)
@@ -92,7 +95,7 @@ def score(self: Context,
     embeddings = self._embed(ids).expand(len(self.mask), -1, -1)
     bias = torch.zeros(seen.shape, dtype=embeddings.dtype, device=device).masked_fill(~seen, torch.finfo(embeddings.dtype).min)
     hidden = self._hidden(embeddings, bias[:, None], self.mask.sum(1, keepdim=True) + k); self.cache.crop(-len(ids))
-    rest = torch.stack([self.generator.model.lm_head(h).float().log_softmax(1).gather(1, target[:, None])[:, 0] for h in hidden])
+    rest = torch.stack([self._head(h).log_softmax(1).gather(1, target[:, None])[:, 0] for h in hidden])
     return total.index_add(1, owner, rest)
 
 @patch
@@ -106,7 +109,7 @@ def back(self: Context,
     if n := self.mask.shape[1] - mark[0].shape[1]: self.cache.crop(-n)
     self.mask, self.logits = mark
 
-# %% ../nbs/09_mllm.ipynb #7a4d0b59
+# %% ../nbs/09_mllm.ipynb #56a7da94
 CLASS_QUESTION = 'What is this?'
 ANSWER, REASON = 'Answer:', 'Reason:'
 MODES, ORDERS = ('answer', 'cot'), ('rationale first', 'class first')
@@ -128,8 +131,6 @@ class MLLM(nn.Module):
         twice = sorted({n for n in self.names if self.names.count(n) > 1})
         if twice: raise ValueError(f'names must differ: {", ".join(map(repr, twice))} stands for several classes')
         generator.w_i.requires_grad_(False)
-        twice_a = generator.tokenizer.decode(2*self._tokens('a', ''), skip_special_tokens=True).strip()
-        self.gap = '' if ' ' in twice_a else ' ' # what separates two parts of an answer
         self.stop = self._tokens(REASON) if self.class_first else [generator.tokenizer.eos_token_id] # what ends a name
         self.options = [self._tokens(n) + self.stop for n in self.names]
 
@@ -137,12 +138,8 @@ class MLLM(nn.Module):
     def class_first(self): return self.mode == 'cot' and self.order == 'class first'
     @property
     def image_size(self): return self.generator.image_size
-    def _tokens(self, text, gap=None): # of a part of an answer
-        return self.generator.tokenizer((self.gap if gap is None else gap) + text, add_special_tokens=False).input_ids
-
-    def train(self, mode=True): # a frozen vision tower stays in evaluation mode
-        super().train(mode); self.generator.model.model.vision_tower.eval()
-        return self
+    def _tokens(self, text): # of a part of an answer
+        return self.generator.tokenizer(self.generator.space + text, add_special_tokens=False).input_ids
 
     def look(self, images): # (B, 3, H, W) in [0, 1] → (B, N, D): V, of the whole image
         return self.generator.image_tokens(images, images.new_ones(len(images), 1, 1))
@@ -153,11 +150,11 @@ class MLLM(nn.Module):
     ) -> torch.Tensor: # (B, P, D)
         "The prompt with any question, as embeddings."
         tok, embed = self.generator.tokenizer, self.generator.model.get_input_embeddings()
-        before, after = prompt(question).split(IMAGE); ids = tok(before).input_ids, tok(after, add_special_tokens=False).input_ids
-        before, after = (embed(torch.tensor(i, device=v.device)).expand(len(v), -1, -1).to(v.dtype) for i in ids)
+        ids = tok(prompt(question)).input_ids; slot = ids.index(tok.convert_tokens_to_ids(IMAGE))
+        before, after = (embed(torch.tensor(i, device=v.device)).expand(len(v), -1, -1).to(v.dtype) for i in (ids[:slot], ids[slot+1:]))
         return torch.cat([before, v, after], 1)
 
-# %% ../nbs/09_mllm.ipynb #2779870f
+# %% ../nbs/09_mllm.ipynb #93bf8a39
 @patch
 def nll(self: MLLM,
     start: torch.Tensor, # (B, P, D) a prompt
@@ -166,8 +163,10 @@ def nll(self: MLLM,
     "Mean negative log-likelihood of the answers' tokens."
     model = self.generator.model; ids, valid = _pad(answers, start.device)
     embeddings = torch.cat([start, model.get_input_embeddings()(ids[:, :-1]).to(start.dtype)], 1)
-    hidden = model.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-    return F.cross_entropy(model.lm_head(hidden[:, start.shape[1]-1:][valid]).float(), ids[valid])
+    with self.generator.autocast():
+        hidden = model.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden[:, start.shape[1]-1:][valid])
+    return F.cross_entropy(logits.float(), ids[valid])
 
 @patch
 def forward(self: MLLM,
@@ -200,7 +199,7 @@ def parse_class(
     found = [(k, -len(n), i) for i, n in enumerate(names) for k in range(len(said)) if n and said[k:k+len(n)] == n]
     return min(found)[2] if found else None
 
-# %% ../nbs/09_mllm.ipynb #c51ceb80
+# %% ../nbs/09_mllm.ipynb #6d9fd721
 @patch
 @torch.no_grad()
 def infer(self: MLLM,
@@ -215,21 +214,22 @@ def infer(self: MLLM,
         why = context.write(self._tokens(ANSWER), max_new_tokens); context.read([self._tokens(ANSWER)]*len(v))
     place, p = context.mark(), context.score(self.options).softmax(1)
     if not rationales: return Inference(p)
-    said = context.write(self.stop, max(map(len, self.options)))
+    said = context.write(self.stop, max(map(len, self.options)) + 8)
     if self.class_first: context.back(place); context.read([self.options[i] for i in p.argmax(1).tolist()])
     if self.mode == 'answer': context = Context(g, self.ask(v, g.question))
     if self.mode == 'answer' or self.class_first: why = context.write(end, max_new_tokens)
     text = lambda ids: [t.strip() for t in tok.batch_decode(ids, skip_special_tokens=True)]
     return Inference(p, rationales=text(why), answers=text(said))
 
-# %% ../nbs/09_mllm.ipynb #208c2e00
+# %% ../nbs/09_mllm.ipynb #9de8d446
 @patch
 def save_pretrained(self: MLLM,
     folder: Path|str, # made if absent
 ):
     "Write config and the generator's trained part."
     folder, g = Path(folder), self.generator; g.save_pretrained(folder/'generator')
-    generator = dict(base=g.base, feature_dim=g.feature_dim, question=g.question)
+    generator = dict(base=g.base if g.tuned else None, feature_dim=g.feature_dim, question=g.question, checkpointing=g.checkpointing,
+        dtype=str(g.model.get_input_embeddings().weight.dtype).split('.')[-1], **{k: getattr(g, k).flatten().tolist() for k in ('pixel_mean', 'pixel_std')})
     config = dict(mllm=dict(mode=self.mode, order=self.order), classes=self.classes, names=self.names, generator=generator)
     write_atomic(folder/'config.json', json.dumps(config, indent=1))
 
@@ -243,6 +243,7 @@ def from_pretrained(cls: MLLM,
     config = json.loads(path.read_text()) if path.exists() else {}
     if 'mllm' not in config: raise FileNotFoundError(f'{folder}: no config.json of an MLLM: give a folder written by MLLM.save_pretrained')
     g = config['generator']
-    try: generator = RationaleGenerator.from_pretrained(base or g['base'] or folder/'generator'/'base', g['feature_dim'], question=g['question'])
+    kw = {k: tuple(g[k]) for k in ('pixel_mean', 'pixel_std')} | dict(question=g['question'], checkpointing=g['checkpointing'], dtype=getattr(torch, g['dtype']), lora=False)
+    try: generator = RationaleGenerator.from_pretrained(base or g['base'] or folder/'generator'/'base', g['feature_dim'], **kw)
     except OSError as e: raise OSError(f'{e}; if the base model has moved, say where it is with base=…') from None
     return cls(generator.load_trained(folder/'generator'), config['classes'], config['names'], **config['mllm']).eval()

@@ -31,7 +31,7 @@ COLUMNS = 'item dataset split backbone method variant seed metric value n preset
 INTEGERS, TEXT = ['seed', 'n'], [c for c in COLUMNS if c not in ('seed', 'value', 'n')]
 KEY = [c for c in COLUMNS if c not in ('value', 'n', 'run_id', 'reason')] # what makes a row unique
 
-# %% ../nbs/12_report.ipynb #95a12ffe
+# %% ../nbs/12_report.ipynb #d664b869
 class Metric(NamedTuple):
     "How a metric is shown: its name, its decimals, and whether more is better (1), less (-1), or neither (0)."
     name: str
@@ -43,12 +43,16 @@ METRICS = {
     'visual_explanations': Metric('Visual explanations', 0), 'classes': Metric('Classes', 0),
     'accuracy': Metric('Accuracy', 3, 1), 'precision': Metric('Precision', 3, 1), 'recall': Metric('Recall', 3, 1),
     'f1': Metric('F1', 3, 1), 'miou': Metric('mIoU', 3, 1), 'dead': Metric('Dead maps', 0, -1),
+    'pointing': Metric('Pointing game', 3, 1), 'energy': Metric('Energy inside', 3, 1), 'area': Metric('Area share'), 'defined': Metric('Defined maps', 0, 1),
+    'energy_gain': Metric('Energy − area', 3, 1), 'pixel_precision': Metric('Pixel precision', 3, 1), 'pixel_recall': Metric('Pixel recall', 3, 1),
+    'insertion': Metric('Insertion'), 'deletion': Metric('Deletion'), 'rank_correlation': Metric('Rank correlation'), 'ssim': Metric('SSIM'),
+    'insertion_gain': Metric('Insertion − random', 3, 1), 'deletion_gain': Metric('Random − deletion', 3, 1), 'parsed_accuracy': Metric('Accuracy (free text)', 3, 1),
     'clipscore': Metric('CLIPScore', 3, 1), **{f'bleu{k}': Metric(f'BLEU-{k}', 3, 1) for k in (1, 2, 3, 4)},
     'meteor': Metric('METEOR', 3, 1), 'rouge_l': Metric('ROUGE-L', 3, 1), 'spice': Metric('SPICE', 3, 1),
     'cider': Metric('CIDEr', 3, 1), 'filtered_n': Metric('Correct', 0),
     'parameters_millions': Metric('Parameters (M)', 1), 'latency_ms': Metric('Latency (ms)', 2, -1),
     'fps': Metric('FPS', 2, 1), 'speedup': Metric('Speed-up', 2, 1)}
-TEXTUAL = [k for k in METRICS if k.startswith('bleu') or k in ('meteor', 'rouge_l', 'spice', 'cider')]
+TEXTUAL = [k for k in METRICS if k.startswith('bleu') or k in ('meteor', 'rouge_l', 'spice', 'cider', 'clipscore')]
 # scores of the correctly classified samples alone flatter a model that is right less often: none of them is best
 for k in TEXTUAL:
     METRICS[f'filtered_{k}'] = Metric(f'{METRICS[k].name} (correct)')
@@ -168,16 +172,17 @@ def crossed_bootstrap(
     sizes = [min(1000, resamples - k) for k in range(0, resamples, 1000)]
     return np.concatenate([((draw(max(1, S-1), S, b) @ differences)*draw(N, N, b)).sum(1) for b in sizes])
 
-# %% ../nbs/12_report.ipynb #85cd9e8e
+# %% ../nbs/12_report.ipynb #deb27fea
 class PairedTest(NamedTuple):
     "A paired comparison of two methods."
     difference: float # mean over seeds and images
     low: float # its interval, from the crossed bootstrap
     high: float
     p_images: float # sign flips of the images' differences
-    p_seeds: float # sign flips of the seeds' differences
+    p_t: float # Student's paired t over the seeds' differences; 1 for one seed
     p: float # the larger of the two
-    p_min: float # the smallest p this many seeds can reach
+    p_seeds: float # sign flips of the seeds' differences
+    p_min: float # the smallest `p_seeds` that this many seeds can reach
     effect: float # Cohen's d_z over images, NaN where all images differ equally
     seeds: int
     images: int
@@ -197,9 +202,10 @@ def paired_test(
     images, seeds = d.mean(0), d.mean(1)
     low, high = np.quantile(crossed_bootstrap(d, resamples, seed), [(1 - confidence)/2, (1 + confidence)/2])
     p_images, p_seeds = (sign_flip_test(x, resamples, seed) for x in (images, seeds))
+    p_t = float(stats.ttest_1samp(seeds, 0).pvalue) if len(seeds) > 1 and seeds.std() > 1e-12 else float(len(seeds) < 2 or not seeds.any())
     spread = images.std(ddof=1) if len(images) > 1 else 0.
     effect = float(images.mean()/spread) if spread > 1e-12 else np.nan
-    return PairedTest(float(d.mean()), float(low), float(high), p_images, p_seeds, max(p_images, p_seeds),
+    return PairedTest(float(d.mean()), float(low), float(high), p_images, p_t, max(p_images, p_t), p_seeds,
                       2.**(1 - len(seeds)), effect, len(seeds), len(images))
 
 # %% ../nbs/12_report.ipynb #576f1800

@@ -7,10 +7,11 @@ __all__ = ['TrainConfig', 'param_groups', 'lr_scale', 'EpochBatches', 'predict_d
            'trained_state', 'save_checkpoint', 'load_checkpoint', 'term_shares', 'fit', 'PretrainConfig', 'random_maps',
            'bags_of_words', 'pretrain_llava']
 
-# %% ../nbs/10_train.ipynb #ea80fd58
+# %% ../nbs/10_train.ipynb #b00c2cd3
 import math, os, sys, time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from .core import get_device, set_seed, stable_hash
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
@@ -78,12 +79,12 @@ def lr_scale(
     w = max(1, round(warmup*steps))
     return (step+1)/w if step < w else .5*(1 + math.cos(math.pi*(step+1-w)/max(1, steps-w)))
 
-# %% ../nbs/10_train.ipynb #dc81f13d
+# %% ../nbs/10_train.ipynb #cdd7f72c
 class EpochBatches(Sampler):
     "Batches of indices that depend on (seed, epoch) only; each process iterates over its part of every batch."
     def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
         self.n, self.whole, self.seed, self.rank, self.world, self.epoch = n, batch_size*world, seed, rank, world, 0
-    def __len__(self): return max(1, self.n//self.whole + (self.n % self.whole >= 2*self.world))
+    def __len__(self): return max(1, self.n//self.whole + (self.n % self.whole >= max(2, self.world)))
     def __iter__(self):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
         for i in range(len(self)): yield np.array_split(order[i*self.whole:(i+1)*self.whole], self.world)[self.rank].tolist()
@@ -136,7 +137,7 @@ def load_checkpoint(path: Path) -> dict:
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise RuntimeError(f'{path}: not a readable checkpoint ({type(e).__name__}): delete it to start this run anew') from None
 
-# %% ../nbs/10_train.ipynb #6c7c7a73
+# %% ../nbs/10_train.ipynb #a4897e74
 def term_shares(
     accelerator: Accelerator,
     model, # MEGL or MLLM
@@ -146,7 +147,8 @@ def term_shares(
     "A process's count of what each term is a mean over, against the mean of all processes' counts."
     names = 'pred', 'text', 'visual', 'dc'
     if accelerator.num_processes == 1: return dict.fromkeys(names, 1.)
-    tokens = sum(map(len, model.generator.tokenizer(texts, add_special_tokens=False).input_ids)) + len(texts) if texts else 1
+    g = model.generator # its texts end with one more token
+    tokens = sum(map(len, g.tokenizer([g.space + t for t in texts], add_special_tokens=False).input_ids)) + len(texts) if texts else 1
     own = torch.tensor([len(annotated), tokens, int(annotated.sum()), int((~annotated).sum())], dtype=torch.float64, device=accelerator.device)
     share = own/accelerator.reduce(own, 'mean').clamp(min=1e-9)
     return dict(zip(names, torch.where(own > 0, share, 1.).tolist())) # a term without samples is 0 already
@@ -165,7 +167,7 @@ def _epoch(model, wrapped, loader, optimizer, accelerator, config, epoch, mean_m
         last = (i+1) % config.accumulate == 0 or i+1 == len(loader)
         with nullcontext() if last else accelerator.no_sync(wrapped):
             with accelerator.autocast(): out = wrapped(images, labels, texts, maps=config.needs_maps, map_route=config.map_route, feature_route=config.feature_route)
-            if out.logits is None: total, parts = out.text_loss*share['pred'], dict(text=out.text_loss.detach()) # an MLLM
+            if out.logits is None: total, parts, share['text'] = out.text_loss*share['pred'], dict(text=out.text_loss.detach()), share['pred'] # an MLLM
             else:
                 target = mean_map if mean_map is None or mean_map.ndim == 2 else mean_map[labels]
                 relative = {k: v/share['pred'] for k, v in share.items()}
@@ -189,10 +191,13 @@ def _consistency_target(train, grid, config): # (h, w), (C, h, w), or None where
     if not config.weight_dc: return None
     return train.class_maps(grid) if config.dc_variant == 'per class' else train.mean_map(grid)
 
-def _resume(path, config, model, optimizer): # the state of an unfinished run, or a fresh one
+def _from_first(accelerator, x): # the first process's object, in all of them
+    return broadcast_object_list([x])[0] if accelerator.num_processes > 1 else x
+
+def _resume(path, config, model, optimizer, accelerator): # the state of an unfinished run, or a fresh one
     fresh = dict(epoch=0, best=None, history=[])
-    if path is None or not path.exists(): return fresh
-    found = load_checkpoint(path)
+    found = _from_first(accelerator, path is not None and accelerator.is_main_process and path.exists() and load_checkpoint(path))
+    if not found: return fresh
     if found['config'] != stable_hash(config): raise ValueError(f'{path}: belongs to a run with another config: delete it or use another folder')
     model.load_state_dict(found['model'], strict=False); optimizer.load_state_dict(found['optimizer'])
     return {k: found[k] for k in fresh}
@@ -214,7 +219,8 @@ def fit(
     if device.type == 'cuda' and device.index is not None: torch.cuda.set_device(device)
     if not torch.distributed.is_initialized(): AcceleratorState._reset_state(True) # an earlier run of this process may have used another device
     unused = DistributedDataParallelKwargs(find_unused_parameters=model.generator is not None and not config.lambda_t)
-    accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision=config.precision, kwargs_handlers=[unused])
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2)) # the others wait while the first process evaluates
+    accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision=config.precision, kwargs_handlers=[unused, patient])
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     train = train.with_transform(train_transform(model.image_size))
     batches = EpochBatches(len(train), config.batch_size, config.seed, rank, world)
@@ -228,7 +234,7 @@ def fit(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     path = None if folder is None else Path(folder)/'last.pt'
     if path is not None: path.parent.mkdir(parents=True, exist_ok=True)
-    state, annotations = _resume(path, config, model, optimizer), annotations_of(val)
+    state, annotations = _resume(path, config, model, optimizer, accelerator), annotations_of(val)
     for epoch in range(state['epoch'], config.epochs):
         began = time.time(); set_seed(int(stable_hash([config.seed, epoch, rank]), 16) % 2**31)
         batches.epoch = epoch; train.at_epoch(config.seed, epoch)
@@ -244,7 +250,7 @@ def fit(
             if path is not None: save_checkpoint(path, **state, config=stable_hash(config), model=trained_state(model), optimizer=optimizer.state_dict())
             if not quiet: print(_line(state['history'][-1], config))
         accelerator.wait_for_everyone()
-    state, = broadcast_object_list([state]) if world > 1 else [state]
+    state = _from_first(accelerator, state)
     model.load_state_dict(state['best']['model'], strict=False)
     if config.visual == 'res-l': del model.imputation
     return pd.DataFrame(state['history'])

@@ -1,0 +1,150 @@
+"One run on several processes, several runs on several workers: the same numbers, also when one of them is killed."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pandas as pd, psutil, pytest, torch
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+ENV = os.environ | dict(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", OMP_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1')
+ENV = {k: v for k, v in ENV.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_PORT')}
+
+def start(*args): return subprocess.Popen([BIN/args[0], *map(str, args[1:])], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+def call(*args): # what a command of this environment prints
+    run = start(*args); out, err = run.communicate(timeout=600)
+    assert run.returncode == 0, out[-3000:] + err[-3000:]
+    return out
+
+def differ(a, b): # largest difference of two tensors, or lists of them, relative to the first
+    a, b = (torch.cat([torch.as_tensor(t, dtype=torch.float64).flatten() for t in x]) for x in (a, b))
+    return float((a - b).norm()/a.norm())
+
+# One batch, shared by two processes
+
+SHARED = '''
+import sys, torch
+import megl.train
+from megl.classifiers import ViT
+from megl.core import set_seed
+from megl.data import load_dataset
+from megl.model import MEGL
+from megl.rationale import RationaleGenerator, lora_config
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+torch.set_num_threads(1); folder, batch_size = sys.argv[1], int(sys.argv[2])
+train, val = (load_dataset('toy-object', s) for s in ('train', 'val'))
+has_map = lambda n, has: [i for i, r in enumerate(train.records) if (r['map_file'] is not None) == has][:n]
+train, val = train.subset(has_map(5, True) + has_map(16, False)), val.subset(range(24)) # 21 samples in batches of 16: 5 in the last
+
+gradients, shares, means, written = [], [], [], []
+def before_step(optimizer, *_):
+    for g in optimizer.param_groups: g['eps'] = 1e-3 # at Adam's 1e-8, a gradient that is 0 but for rounding is a whole step
+    gradients.append([p.grad.clone() for g in optimizer.param_groups for p in g['params']])
+register_optimizer_step_pre_hook(before_step)
+
+def watch(name, kept, of=lambda args, result: result): # what a function of the module gives, or gets
+    f = getattr(megl.train, name)
+    def watched(*args, **kw): result = f(*args, **kw); kept.append(of(args, result)); return result
+    setattr(megl.train, name, watched)
+watch('term_shares', shares, lambda args, result: dict(result, annotated=int(args[2].sum())))
+watch('_consistency_target', means); watch('save_checkpoint', written, lambda args, result: str(args[0]))
+
+def run(**options):
+    set_seed(0); texts = [t for r in train.records for t in r['rationales']]
+    classifier = ViT(48, 8, 2, 4, 64, 128, num_classes=len(train.classes)) # as ViT-B/16, without BatchNorm
+    model = MEGL(classifier, RationaleGenerator.from_config(texts, classifier.head.in_features, lora=lora_config(r=4, lora_dropout=0.)), train.classes)
+    for kept in (gradients, shares, means, written): kept.clear()
+    config = megl.train.TrainConfig(epochs=2, batch_size=batch_size, lr=1e-3, lr_generator=1e-3, grad_clip=1e6, lambda_t=1., lambda_v=1., **options)
+    history = megl.train.fit(model, train, val, config, f"{folder}/{'-'.join(options)}", device='cpu', quiet=True)
+    return dict(history=history.drop(columns='seconds').to_dict('list'), gradients=[*gradients], shares=[*shares], mean=means[0], written=[*written],
+                weights=list(megl.train.trained_state(model).values()))
+
+found = [run(), run(accumulate=2)]
+torch.save(found, f"{folder}/{torch.distributed.get_rank() if torch.distributed.is_initialized() else 0}.pt")
+'''
+
+def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path):
+    script = tmp_path/'shared.py'; script.write_text(SHARED); (tmp_path/'one').mkdir(); (tmp_path/'two').mkdir()
+    call('python', script, tmp_path/'one', 16)
+    call('torchrun', '--standalone', '--nproc_per_node', 2, script, tmp_path/'two', 8)
+    one, first, second = (torch.load(tmp_path/f, weights_only=True) for f in ('one/0.pt', 'two/0.pt', 'two/1.pt'))
+    spread = [(a['annotated'], b['annotated']) for a, b in zip(first[0]['shares'], second[0]['shares'])]
+    assert any(a != b for a, b in spread) and any(0 in s and sum(s) for s in spread), f'annotated samples are spread evenly: {spread}'
+    for o, a, b in zip(one, first, second): # a step a batch; a step of the full and the last, uneven batch
+        assert a['history'] == b['history'] and o['history'].keys() == a['history'].keys()
+        assert {'pred', 'text', 'visual', 'dc', 'loss', 'val_accuracy', 'val_miou'} < a['history'].keys()
+        for k, curve in o['history'].items(): assert differ(curve, a['history'][k]) <= 1e-5 or curve == a['history'][k], k
+        assert max(differ([x], [y]) for x, y in zip(o['gradients'][0], a['gradients'][0])) <= 1e-5 # of each parameter
+        assert differ(o['weights'], a['weights']) <= 1e-5 and len(o['gradients']) == len(a['gradients'])
+        for mine in 'gradients', 'weights': assert all(map(torch.equal, sum(a[mine], [])if mine == 'gradients' else a[mine], sum(b[mine], []) if mine == 'gradients' else b[mine]))
+        assert torch.equal(o['mean'], a['mean']) and torch.equal(o['mean'], b['mean'])
+        assert len(a['written']) == 2 and not b['written'] # the first process alone writes
+
+# One run, started by a launcher; one of its processes killed
+
+def launch(out):
+    "`megl train` by two processes: without --multi_gpu, accelerate starts one process on a CPU, whatever --num_processes says."
+    return ('accelerate-launch', '--multi_gpu', '--num_processes', 2, '--num_machines', 1, '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', 0,
+            '-m', 'megl.train', 'toy-object', '--method', 'megl', '--backbone', 'vit_tiny', '--epochs', 3, '--device', 'cpu', '--out-dir', out)
+
+def results(out):
+    folder, = (p.parent for p in out.glob('runs/*/run.json'))
+    return folder, pd.read_parquet(folder/'predictions.parquet'), {p.name: p.read_bytes() for p in folder.glob('model/**/*.safetensors')}
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp('whole')
+    return out, call(*launch(out))
+
+def test_accelerate_launch_gives_a_finished_run(whole):
+    out, said = whole; folder, predictions, weights = results(out)
+    assert said.split('\n')[0].startswith('toy-object vit_tiny megl seed 0: trained in') and said.split('\n')[1:] == [str(folder), ''] # said once
+    assert {p.name for p in folder.iterdir()} == {'run.json', 'history.csv', 'predictions.parquet', 'model', 'lock'}
+    assert len(weights) > 1 and predictions.rationale.notna().all() and len(pd.read_csv(folder/'history.csv')) == 3
+    assert json.loads((folder/'run.json').read_text())['run']['train']['lambda_t'] == 1
+    assert 'reused' in call(*launch(out)) # and nothing hangs
+
+def test_a_killed_process_ends_the_launch_and_the_next_continues(whole, tmp_path):
+    launcher = start(*launch(tmp_path))
+    while not (begun := list(tmp_path.glob('runs/*/last.pt'))) and launcher.poll() is None: time.sleep(.01)
+    assert begun, launcher.communicate()
+    second, = (p for p in psutil.Process(launcher.pid).children(recursive=True) if p.environ().get('RANK') == '1')
+    second.send_signal(signal.SIGKILL)
+    said = launcher.communicate(timeout=60)[1]
+    assert launcher.returncode and 'Signal 9 (SIGKILL)' in said and 'rank      : 1' in said, said[-3000:]
+    assert not list(tmp_path.glob('runs/*/run.json')), 'it was finished before it could be killed'
+    call(*launch(tmp_path))
+    (_, a, whole_weights), (_, b, weights) = results(whole[0]), results(tmp_path)
+    pd.testing.assert_frame_equal(a, b); assert weights == whole_weights
+
+# Many runs, on the workers of a Dask cluster, one of them killed
+
+GRID = '''
+import os, signal, sys, threading, time
+from pathlib import Path
+
+def main(out):
+    import joblib, pandas as pd
+    from dask.distributed import Client, LocalCluster
+    from megl.run import execute_all, load_predictions, make_run, run_folder
+    runs = [make_run('toy-object', 'resnet_tiny', 'visual', seed, epochs=3, device='cpu') for seed in range(4)]
+    folders = [run_folder(r, out/'dask') for r in runs]
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
+        workers = client.run(os.getpid)
+        def kill(): # as soon as one run is finished and another has begun
+            while not (any((f/'run.json').exists() for f in folders) and any((f/'last.pt').exists() for f in folders)): time.sleep(.005)
+            busy = next(w for w, tasks in client.processing().items() if tasks)
+            os.kill(workers[busy], signal.SIGKILL); print('killed with', sum((f/'run.json').exists() for f in folders), 'runs finished', flush=True)
+        threading.Thread(target=kill, daemon=True).start()
+        with joblib.parallel_config('dask'): execute_all(runs, out/'dask', 'cpu')
+    execute_all(runs, out/'loky', 'cpu', jobs=2)
+    for r in runs: pd.testing.assert_frame_equal(load_predictions(r, out/'dask'), load_predictions(r, out/'loky'))
+
+if __name__ == '__main__': main(Path(sys.argv[1]))
+'''
+
+def test_a_grid_survives_the_death_of_a_dask_worker(tmp_path):
+    script = tmp_path/'grid.py'; script.write_text(GRID)
+    said = call('python', script, tmp_path).split('\n')
+    assert sum(line.startswith('[') for line in said) == 8 and [line for line in said if line.startswith('killed with')][0][12] in '123'
