@@ -206,7 +206,7 @@ def get(
         (out/f.to/f'.{f.name}.done').touch()
     say(f'Downloaded {len(todo)} files into {out}.'); return True
 
-# %% ../nbs/15_get.ipynb #b69f945f
+# %% ../nbs/15_get.ipynb #1eff8ee4
 def _report(a): # a builder as a command: options → report
     from megl import me, sources
     options = {k: v for k, v in vars(a).items() if k not in ('do', 'build')}
@@ -215,7 +215,9 @@ def _report(a): # a builder as a command: options → report
 def _check(a):
     import json
     from megl.check import check
-    report = check(a.path, progress=not a.json, jobs=a.jobs)
+    from megl.data import TOY, _find_root, load_dataset
+    root = load_dataset(a.path).root if a.path in TOY else _find_root(a.path) # names as everywhere
+    report = check(root, progress=not a.json, jobs=a.jobs)
     print(json.dumps(report.as_dict(), indent=1, ensure_ascii=False) if a.json else report)
     return 0 if report.ok else 1
 

@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'TUNED', 'PRESETS', 'CODE', 'SAMPLE_SCORES', 'REPRODUCE', 
            'result_rows', 'sample_scores', 'check_injected', 'Experiment', 'experiments', 'run_notebook', 'parser',
            'main']
 
-# %% ../nbs/13_run.ipynb #ddf5139a
+# %% ../nbs/13_run.ipynb #21b82eae
 import argparse, ast, json, os, shutil, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +26,7 @@ from filelock import FileLock
 from .core import choose, code_hash, get_device, project_root, provenance, set_seed, sha256, stable_hash, write_atomic
 from .classifiers import CLASSIFIERS, create_classifier
 from .data import load_dataset
+from .get import add_data_commands
 from .metrics import classification_metrics, iou_scores, missing_scores, text_metrics, visual_metrics
 from .report import tidy
 from .train import PretrainConfig, TrainConfig, annotations_of, fit, maps_of, predict_dataset, pretrain_llava
@@ -103,7 +104,7 @@ PRESETS = {p.name: p for p in (
            backbones=('resnet18', 'vit_b_16'), lora=(('r', 32), ('lora_alpha', 64), ('lora_dropout', .05)), generator=(('dtype', 'bfloat16'), ('checkpointing', True))),
 )}
 
-# %% ../nbs/13_run.ipynb #63bdf856
+# %% ../nbs/13_run.ipynb #5c09c6fc
 CODE = ('core', 'data', 'classifiers', 'saliency', 'losses', 'rationale', 'model', 'train') # what a run's numbers depend on; an MLLM's also on `mllm`
 
 @dataclass(frozen=True)
@@ -152,26 +153,34 @@ def make_run(
     train = replace(p.train, seed=seed, visual=on.form, lambda_dc=dc if dc is None else float(dc), **weights, **(dict(epochs=epochs) if epochs else {}) | chosen)
     pretrain, base, generator, llava, lora = (p.pretrain, p.base, p.generator, p.llava, p.lora) if train.lambda_t else (None, '', (), (), ())
     return Run(str(dataset), backbone, method, seed, preset, train, p.limit, pretrain, base, generator, '' if on.mllm else p.weights, llava, lora,
-               _fingerprint(load_dataset(dataset)), code_hash(CODE + ('mllm',)*bool(on.mllm)), get_device(device).type)
+               _fingerprint(_open(dataset)), code_hash(CODE + ('mllm',)*bool(on.mllm)), get_device(device).type)
 
 def _fingerprint(ds): return stable_hash([ds.fingerprint, ds.classes])
 
-# %% ../nbs/13_run.ipynb #84c05c34
+# %% ../nbs/13_run.ipynb #7dc185e1
+_opened = {} # dataset → when its files were written, and the dataset
+
+def _open(dataset): # load_dataset, which reads and checks every line, once for every state of the files
+    stamp = lambda ds: [(ds.root/f).stat().st_mtime_ns for f in ('dataset.json', 'metadata.jsonl')]
+    if (key := str(dataset)) not in _opened or _opened[key][0] != stamp(_opened[key][1]):
+        ds = load_dataset(dataset); _opened[key] = stamp(ds), ds
+    return _opened[key][1]
+
 def _split(run, split): # as far as the preset's limit goes
-    ds = load_dataset(run.dataset, split); n = dict(run.limit).get(split)
+    ds = _open(run.dataset); n = dict(run.limit).get(split); ds = ds.subset([i for i, r in enumerate(ds.records) if r['split'] == split])
     if _fingerprint(ds) != run.fingerprint: raise ValueError(f'{ds.root}: the data changed after this run was defined: start again')
     return ds if n is None or n >= len(ds) else ds.subset(range(n))
 
 def base_llava(run: Run, out: Path|str, device='auto') -> Path|str: # the checkpoint's folder, or the id that the preset names
     "The LLaVA that a run adapts. The small one is pre-trained once for all runs that need the same."
     if run.base: return run.base
-    key = stable_hash([run.pretrain, run.llava, run.limit, run.fingerprint, code_hash(('core', 'data', 'rationale', 'train'))])
+    has = any(r['split'] == 'pretrain' for r in _open(run.dataset).records); scenes = _split(run, 'pretrain' if has else 'train')
+    texts = [t for r in _split(run, 'train').records for t in r['rationales']] # worlds that differ in maps alone share their LLaVA
+    key = stable_hash([run.pretrain, run.llava, [[r.get('sha256'), r['file_name'], r['rationales']] for r in scenes.records], texts, code_hash(('core', 'data', 'rationale', 'train'))])
     folder = Path(out).resolve()/'runs'/f'base-{key}'; folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{folder}.lock'):
         if not (folder/'pretrain.json').exists():
-            train = _split(run, 'train'); has = any(r['split'] == 'pretrain' for r in load_dataset(run.dataset).records)
-            texts = [t for r in train.records for t in r['rationales']]
-            last = pretrain_llava(_split(run, 'pretrain') if has else train, texts, run.pretrain, folder, device, progress=False, **dict(run.llava))
+            last = pretrain_llava(scenes, texts, run.pretrain, folder, device, progress=False, **dict(run.llava))
             write_atomic(folder/'pretrain.json', json.dumps(dict(config=asdict(run.pretrain), dataset=run.dataset, loss=last), indent=1))
     return folder
 
@@ -272,7 +281,7 @@ def metrics_of(
     write_atomic(path, json.dumps(found, indent=1))
     return found
 
-# %% ../nbs/13_run.ipynb #8272aa78
+# %% ../nbs/13_run.ipynb #f64c1af5
 def _own_gpu(device): # of several processes that train together, each takes its own
     if device in ('auto', 'cuda') and torch.cuda.is_available() and 'LOCAL_RANK' in os.environ: torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
 
@@ -300,11 +309,11 @@ def execute(
         history.to_csv(folder/'history.csv', index=False); model.save_pretrained(folder/'model')
         metrics_of(run, out, unfinished=True) # here, where runs are parallel
         seconds = time.time() - began
-        write_atomic(folder/'run.json', json.dumps(dict(id=run.id, run=asdict(run), seconds=seconds, device=str(get_device(device)), **made), indent=1))
+        write_atomic(folder/'run.json', json.dumps(dict(id=run.id, run=asdict(run), seconds=seconds, device=str(get_device(device)), processes=int(os.environ.get('WORLD_SIZE', 1)), **made), indent=1))
         (folder/'last.pt').unlink()
     return f'{run}: trained in {seconds:.0f} s'
 
-# %% ../nbs/13_run.ipynb #8e2f46ea
+# %% ../nbs/13_run.ipynb #84a2d3d5
 def _prepare(run, out, device): # the shared part of a run, so that no process waits for another's pre-training
     if get_device(device).type == 'cpu': torch.set_num_threads(1)
     base_llava(run, out, device)
@@ -326,7 +335,7 @@ def execute_all(
     jobs = jobs or (min(cpu_count(), len(todo)) if get_device(device).type == 'cpu' and todo[0].preset != 'smoke' else 1)
     now = getattr(get_active_backend()[0], 'supports_return_generator', False) # else lines come at the end
     parallel = Parallel(n_jobs=jobs, return_as='generator_unordered' if now else 'list')
-    bases = list({stable_hash([r.pretrain, r.llava, r.limit, r.fingerprint]): r for r in todo if r.pretrain}.values())
+    bases = list({(r.dataset, stable_hash([r.pretrain, r.llava, r.limit])): r for r in todo if r.pretrain}.values())
     if bases: print(f'pre-training (or finding) {len(bases)} small LLaVA …', flush=True); list(parallel(delayed(_prepare)(r, out, device) for r in bases))
     order = sorted(todo, key=lambda r: -bool(r.train.lambda_t)) # the long ones first
     for i, line in enumerate(parallel(delayed(execute)(r, out, device, force) for r in order), 1):
@@ -376,7 +385,7 @@ def check_injected(
             declared = next(d for s in reversed(history[:i]) if (d := _assigned(s)))
             for name in _assigned(source): choose('parameter', name, declared)
 
-# %% ../nbs/13_run.ipynb #4a82cd81
+# %% ../nbs/13_run.ipynb #3d9a9edf
 @dataclass
 class Experiment:
     "The parameters of an experiment notebook, checked, and what follows from them."
@@ -404,7 +413,7 @@ class Experiment:
         if not isinstance(self.epochs, int) or self.epochs < 0: raise ValueError(f"epochs is 0 (the preset's) or more, not {self.epochs!r}")
         get_device(self.device)
         self.out = project_root()/self.out_dir; self.out.mkdir(parents=True, exist_ok=True)
-        for d in self.datasets: load_dataset(d) # an unknown or broken dataset is refused before anything runs
+        for d in self.datasets: _open(d) # an unknown or broken dataset is refused before anything runs
 
     def runs(self, methods=None, backbones=None, datasets=None, **overrides) -> list:
         "The runs of all datasets, backbones, methods and seeds."
@@ -455,9 +464,9 @@ class Experiment:
         return (f"{self.name}: preset {self.preset}, {self.seeds} seed{'s'*(self.seeds > 1)}, commit {(p['commit'] or 'none')[:9]}"
                 f"{' with local changes' if p['dirty'] else ''}, torch {p['versions']['torch']}, {entry['device']}\n" + '\n'.join(entry['outputs']))
 
-# %% ../nbs/13_run.ipynb #600a7a9a
+# %% ../nbs/13_run.ipynb #ce45e660
 REPRODUCE = ('table1', 'table2', 'table3', 'table4', 'table5', 'figure1', 'figure2') # in this order: later ones reuse the runs of earlier ones
-ABLATIONS = () # experiments beyond the paper
+ABLATIONS = ('context', 'annotated', 'consistency', 'routes', 'noise', 'faithfulness') # experiments beyond the paper
 
 def experiments() -> dict: # short name → path
     "The experiment notebooks, by the part of their name after the number."
@@ -482,7 +491,7 @@ def run_notebook(
         raise RuntimeError(f'{path.name}, cell {e.exec_count}: {e.ename}: {e.evalue}\nthe executed notebook, with the traceback: {done}') from None
     return done
 
-# %% ../nbs/13_run.ipynb #b87beb69
+# %% ../nbs/13_run.ipynb #32210133
 def _suite(a): # several notebooks, each with the parameters that it has
     import papermill as pm
     began, wanted = time.time(), dict(preset=a.preset, seeds=a.seeds, device=a.device, from_predictions=a.from_predictions)
@@ -506,18 +515,6 @@ def _train(a):
     done = execute(run, project_root()/a.out_dir, a.device, a.force)
     if int(os.environ.get('RANK', 0)) == 0: print(done, run_folder(run, project_root()/a.out_dir), sep='\n')
 
-def _build(a):
-    from megl.sources import build_coco
-    out = project_root()/a.out if not Path(a.out).is_absolute() else Path(a.out)
-    print(build_coco(images=a.images, instances=a.instances, captions=a.captions, out=out, label=a.label, min_count=a.min_count,
-                     annotated=a.annotated, skip_broken=a.skip_broken, seed=a.seed))
-
-def _check(a):
-    from megl.data import DataError
-    ds = load_dataset(a.path); broken = ds.broken()
-    print(json.dumps(ds.info['counts'], indent=1), *broken.values(), f'{len(ds)} samples, {len(broken)} broken', sep='\n')
-    if broken: raise DataError(f'{ds.root}: {len(broken)} samples cannot be read')
-
 def _explain(a):
     from megl.data import eval_transform, read_image
     from megl.model import MEGL
@@ -528,7 +525,7 @@ def _explain(a):
     column = dict(title='map', map=e.map, predicted=e.label, rationale=e.rationale)
     explanation_figure([dict(image=image, label=e.label, annotation=None, columns=[column])]).savefig(a.out, bbox_inches='tight'); print(a.out)
 
-# %% ../nbs/13_run.ipynb #86e594f5
+# %% ../nbs/13_run.ipynb #ef21c058
 def parser() -> argparse.ArgumentParser:
     "The command's arguments."
     top = argparse.ArgumentParser('megl', description='Multimodal Explanation-Guided Learning: rerun tables and figures, build data, explain images.')
@@ -547,13 +544,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('dataset'); p.add_argument('--backbone', default='resnet_tiny'); p.add_argument('--method', default='megl', choices=METHODS); p.add_argument('--seed', type=int, default=0)
     p.add_argument('--preset', default='smoke', choices=PRESETS); p.add_argument('--epochs', type=int, default=0, help="0: the preset's"); p.add_argument('--device', default='auto')
     p.add_argument('--force', action='store_true', help='train again even if finished'); p.add_argument('--out-dir', default='results/runs/smoke')
-    data = sub.add_parser('data', help='Build or check a dataset.').add_subparsers(required=True, metavar='COMMAND')
-    p = add(add(data, 'build', None, 'Turn a source into a dataset folder.').add_subparsers(required=True, metavar='SOURCE'), 'coco', _build, 'A COCO-format folder: masks become maps, captions rationales.')
-    for name, text in (('images', 'folder of the pictures'), ('instances', 'instances JSON'), ('captions', 'captions JSON'), ('out', 'the dataset folder to make, such as data/NAME')):
-        p.add_argument(f'--{name}', required=True, help=text)
-    p.add_argument('--label', default='supercategory', choices=('supercategory', 'category')); p.add_argument('--min-count', type=int, default=5, help='classes with fewer pictures are skipped')
-    p.add_argument('--annotated', type=float, default=1., help='share of training samples that keep their map'); p.add_argument('--skip-broken', action='store_true'); p.add_argument('--seed', type=int, default=0)
-    add(data, 'check', _check, 'Read every sample of a dataset and report what is broken.').add_argument('path')
+    add_data_commands(sub.add_parser('data', help='Build, download or check a dataset.').add_subparsers(required=True, metavar='COMMAND'))
     p = add(sub, 'explain', _explain, 'Class, map and rationale of one image.')
     p.add_argument('image'); p.add_argument('--model', required=True, help='folder written by MEGL.save_pretrained'); p.add_argument('--base', help='where its LLaVA is, if it has moved')
     p.add_argument('--out', default='explanation.png', help='the figure to write')
@@ -562,7 +553,7 @@ def parser() -> argparse.ArgumentParser:
 def main(args=None):
     "The `megl` command. An error in what was asked for is one line and exit status 2."
     a = parser().parse_args(args)
-    try: a.do(a)
+    try: sys.exit(a.do(a)) # None is 0
     except (ValueError, OSError) as e: sys.exit(print(f'megl: {e}', file=sys.stderr) or 2)
     except RuntimeError as e: # a cell of a notebook failed
         sys.exit(print(f'megl: {e}', file=sys.stderr) or 1)

@@ -29,7 +29,7 @@ from .data import collate, eval_transform, train_transform
 from .losses import Imputation, check_finite, megl_loss
 from .metrics import visual_metrics
 
-# %% ../nbs/10_train.ipynb #d60341ec
+# %% ../nbs/10_train.ipynb #2b5beac2
 @dataclass(frozen=True)
 class TrainConfig:
     "All that determines a run besides model and data."
@@ -39,7 +39,7 @@ class TrainConfig:
     lr_generator: float = 5e-5 # LoRA and projectors
     weight_decay: float = .01
     warmup: float = .1         # share of the steps; then cosine to zero
-    grad_clip: float = 1.      # largest gradient norm
+    grad_clip: float = 1.      # largest gradient norm, of the classifier and of the generator
     lambda_t: float = 0.       # weight of the rationale's loss
     lambda_v: float = 0.       # weight of the annotated maps' loss
     lambda_dc: float|None = None # weight of distribution consistency; None: lambda_v, as in the paper
@@ -137,7 +137,7 @@ def load_checkpoint(path: Path) -> dict:
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise RuntimeError(f'{path}: not a readable checkpoint ({type(e).__name__}): delete it to start this run anew') from None
 
-# %% ../nbs/10_train.ipynb #a4897e74
+# %% ../nbs/10_train.ipynb #21593b84
 def term_shares(
     accelerator: Accelerator,
     model, # MEGL or MLLM
@@ -178,7 +178,9 @@ def _epoch(model, wrapped, loader, optimizer, accelerator, config, epoch, mean_m
             if not total.isfinite(): check_finite(parts, start+i)
             accelerator.backward(total/group)
         if last:
-            accelerator.clip_grad_norm_(model.parameters(), config.grad_clip); optimizer.step(); optimizer.zero_grad()
+            accelerator.unscale_gradients()
+            for part in model.children(): torch.nn.utils.clip_grad_norm_(part.parameters(), config.grad_clip)
+            optimizer.step(); optimizer.zero_grad()
         parts = {k: v*share[k] for k, v in parts.items()} | dict(loss=total.detach())
         if out.alive is not None: parts['dead'] = (~out.alive).float().mean()*share['pred']
         for k, v in parts.items(): sums[k] = sums.get(k, 0.) + v.float()*len(labels)/share['pred'] # this and the others' mean is the whole batch's

@@ -84,10 +84,10 @@ def coco(tmp_path):
 def test_from_a_coco_folder_to_an_explained_image(coco):
     built = call('megl', 'data', 'build', 'coco', '--images', coco/'images', '--instances', coco/'instances.json', '--captions', coco/'captions.json', '--out', coco/'data')
     assert '24' in built.stdout
-    assert '24 samples, 0 broken' in call('megl', 'data', 'check', coco/'data').stdout
+    assert '24 samples, sound' in call('megl', 'data', 'check', coco/'data').stdout
     (coco/'data'/'images'/'3.png').write_bytes(b'no picture')
     broken = call('megl', 'data', 'check', coco/'data', check=False)
-    assert broken.returncode == 2 and '3.png' in broken.stdout + broken.stderr
+    assert broken.returncode == 1 and '3.png' in broken.stdout + broken.stderr
     (coco/'data'/'images'/'3.png').write_bytes((coco/'images'/'3.png').read_bytes())
     call('megl', 'run', 'figure1', '-p', 'dataset', coco/'data', '-p', 'device', 'cpu', '--out-dir', coco/'out')
     assert (coco/'out'/'figures'/'figure1.png').stat().st_size > 10_000
