@@ -104,7 +104,7 @@ PRESETS = {p.name: p for p in (
            backbones=('resnet18', 'vit_b_16'), lora=(('r', 32), ('lora_alpha', 64), ('lora_dropout', .05)), generator=(('dtype', 'bfloat16'), ('checkpointing', True))),
 )}
 
-# %% ../nbs/13_run.ipynb #5c09c6fc
+# %% ../nbs/13_run.ipynb #60aed331
 CODE = ('core', 'data', 'classifiers', 'saliency', 'losses', 'rationale', 'model', 'train') # what a run's numbers depend on; an MLLM's also on `mllm`
 
 @dataclass(frozen=True)
@@ -157,7 +157,6 @@ def make_run(
 
 def _fingerprint(ds): return stable_hash([ds.fingerprint, ds.classes])
 
-# %% ../nbs/13_run.ipynb #7dc185e1
 _opened = {} # dataset → when its files were written, and the dataset
 
 def _open(dataset): # load_dataset, which reads and checks every line, once for every state of the files
@@ -166,6 +165,7 @@ def _open(dataset): # load_dataset, which reads and checks every line, once for 
         ds = load_dataset(dataset); _opened[key] = stamp(ds), ds
     return _opened[key][1]
 
+# %% ../nbs/13_run.ipynb #3f8c8ce2
 def _split(run, split): # as far as the preset's limit goes
     ds = _open(run.dataset); n = dict(run.limit).get(split); ds = ds.subset([i for i, r in enumerate(ds.records) if r['split'] == split])
     if _fingerprint(ds) != run.fingerprint: raise ValueError(f'{ds.root}: the data changed after this run was defined: start again')

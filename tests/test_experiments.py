@@ -2,7 +2,7 @@
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
-import pandas as pd, pytest
+import numpy as np, pandas as pd, pytest
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -72,7 +72,8 @@ def coco(tmp_path):
     from PIL import Image, ImageDraw
     (tmp_path/'images').mkdir(); images, annotations, captions = [], [], []
     for i in range(24):
-        x = 5 + 40*(i % 2); picture = Image.new('RGB', (80, 60), (i, 20, 40)); ImageDraw.Draw(picture).rectangle((x, 10, x+25, 40), fill=(240, 200, i))
+        x = 5 + 40*(i % 2); noise = np.random.default_rng(i).integers(0, 120, (6, 8, 3), 'uint8') # else all would be near duplicates
+        picture = Image.fromarray(noise).resize((80, 60)); ImageDraw.Draw(picture).rectangle((x, 10, x+25, 40), fill=(240, 200, i))
         picture.save(tmp_path/'images'/f'{i}.png'); images.append(dict(id=i, file_name=f'{i}.png', height=60, width=80))
         annotations.append(dict(id=i, image_id=i, category_id=i % 2, iscrowd=0, area=750, bbox=[x, 10, 25, 30], segmentation=[[x, 10, x+25, 10, x+25, 40, x, 40]]))
         captions.append(dict(id=i, image_id=i, caption=f"a square on the {('left', 'right')[i % 2]}"))
