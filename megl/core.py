@@ -53,7 +53,7 @@ def set_seed(
 ):
     "Seed Python, NumPy and PyTorch (all devices), and ask for deterministic algorithms where they exist."
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=True); torch.utils.deterministic.fill_uninitialized_memory = False
 
 def get_device(
     device: str = 'auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
