@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .data import DataError, FORMATS, SPLITS, _check_record, _counts, _lines, _parse, _read_info, read_map
-from .sources import find_twins, read_json, thumbnail
+from .sources import _fits, find_twins, read_json, thumbnail
 
 # %% ../nbs/14_check.ipynb #9e53a2b1
 @dataclass
@@ -63,7 +63,7 @@ def _classes(root, report): # the class names; an error if dataset.json does not
 def _check_lines(root, classes, report): # the records that keep the rules
     path, records, ids, groups, pictures = root/'metadata.jsonl', [], set(), {}, {}
     for n, line in enumerate(_lines(path), 1):
-        report.samples += 1
+        report.samples += bool(line.strip()) # a blank line is an error, but no sample
         try: _check_record(r := _parse(line), root, classes)
         except DataError as e: report.errors[_kind(str(e))].append(f'line {n}: {e}'); continue
         except (ValueError, RecursionError) as e:
@@ -99,8 +99,9 @@ def _probe(root, record): # (thumbnail or None, digest of the picture, [(is erro
     if record['map_file'] is not None:
         try:
             amap = read_map(root/record['map_file']); digest.update((root/record['map_file']).read_bytes())
-            if thumb is not None and abs(amap.shape[1]*h/(amap.shape[0]*w) - 1) > .05:
-                found.append((False, 'map of other proportions than its picture', record['map_file']))
+            if thumb is not None and not _fits(amap.shape, h, w):
+                text = f"{record['map_file']}: {amap.shape[0]} × {amap.shape[1]}, its picture {h} × {w}"
+                found.append((True, 'map of other proportions than its picture', text))
             if (amap > .5).float().mean() > .95:
                 found.append((False, 'map over nearly the whole picture', record['map_file']))
         except DataError as e:
@@ -147,7 +148,9 @@ def _check_classes(classes, records, report): # what can be learnt and tested
         if used and not count['train'][c]:
             report.errors['class absent from training'].append(f"{c}: in {', '.join(used)}")
         elif not used and not count['train'][c]: report.warnings['class without samples'].append(c)
-        elif splits['test'] and not count['test'][c]: report.warnings['class absent from test'].append(c)
+        else:
+            for s in 'val', 'test':
+                if splits[s] and not count[s][c]: report.warnings[f'class absent from {s}'].append(c)
     most = max(count['train'].values(), default=0)
     rare = [f'{c}: {n} of {most}' for c, n in sorted(count['train'].items(), key=lambda t: t[1]) if 50*n < most]
     if rare: report.warnings['absurd class imbalance'] += rare

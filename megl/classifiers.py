@@ -7,6 +7,7 @@ __all__ = ['IMAGENET', 'CLASSIFIERS', 'CNNClassifier', 'ResNet', 'resnet18', 'Re
            'vit_tiny', 'check_classifier', 'create_classifier', 'register_classifier']
 
 # %% ../nbs/04_classifiers.ipynb #db606a5e
+import os
 from pathlib import Path
 
 import torch, torch.nn.functional as F
@@ -23,9 +24,18 @@ def _torchvision_weights(name, weights): # the weights enum, or None where `weig
     options = torchvision.models.get_model_weights(name).__members__
     return options[choose(f'weights of {name}', str(weights).split('.')[-1], options)]
 
+def _downloaded(enum): # a state dict from torchvision's server or its cache; one error that says what else to do
+    file = Path(torch.hub.get_dir())/'checkpoints'/enum.url.rsplit('/', 1)[-1]; cause = 'HF_HUB_OFFLINE is set'
+    if file.exists() or os.environ.get('HF_HUB_OFFLINE', '0') in ('0', ''):
+        try: return enum.get_state_dict(progress=True, check_hash=True)
+        except OSError as e: cause = e # URLError is one
+    size = enum.meta.get('_file_size', 0)
+    raise OSError(f"no weights {enum}: they are not at {file} and cannot be downloaded ({cause}). Download them once where there is a network "
+                  f'({size:.0f} MB, {enum.url}), then put the file there, or give its path as weights')
+
 def _load(model, weights, enum):
     if weights is None: return model
-    if enum: state = enum.get_state_dict(progress=True, check_hash=True)
+    if enum: state = _downloaded(enum)
     else: state = torch.load(weights, map_location='cpu', weights_only=True)
     own, name = model.state_dict(), next(n for n, m in model.named_modules() if m is model.head)
     head = [f'{name}.weight', f'{name}.bias']

@@ -7,7 +7,7 @@ __all__ = ['VQA', 'COCO', 'VQA_TERMS', 'COCO_TERMS', 'SOURCES', 'PARK', 'MANUAL'
            'OWN', 'EXTRA', 'File', 'announce', 'verify', 'fetch', 'unpack', 'get', 'add_data_commands']
 
 # %% ../nbs/15_get.ipynb #a8d1df1e
-import hashlib, shutil, stat, tarfile, time, urllib.error, urllib.request, zipfile
+import hashlib, lzma, shutil, stat, tarfile, time, urllib.error, urllib.request, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -85,7 +85,8 @@ def announce(
     for f in sources[name]:
         lines += [f'  {f.url}', f'    {f.about}; {_amount(f.size)}; {f.terms}']
     known, more = sum(f.size or 0 for f in sources[name]), any(f.size is None for f in sources[name])
-    lines.append(f'  together {_amount(known)}{" and what is not published"*more}, about twice that while unpacking')
+    together = _amount(known or None) + ' and what has no published size'*(more and known > 0)
+    lines.append(f'  together: {together}; about twice that while unpacking')
     return '\n'.join([*lines, MANUAL.get(name, '').replace('OUT', str(out))]).strip()
 
 # %% ../nbs/15_get.ipynb #e5892a5b
@@ -160,6 +161,8 @@ def _members(archive): # (name, bytes, is it a plain file or folder?) of a zip o
             yield m.filename, m.file_size, kind in (0, stat.S_IFREG, stat.S_IFDIR)
     else:
         for m in archive: yield m.name, m.size, m.isfile() or m.isdir()
+        while block := archive.fileobj.read(2**20): # nothing but zeros, and then the stream's checksum
+            if block.strip(b'\0'): raise tarfile.ReadError('a damaged header')
 
 def unpack(
     path: Path|str, # a zip or tar archive
@@ -179,7 +182,9 @@ def unpack(
             if (free := shutil.disk_usage(folder).free) < total:
                 raise DataError(f'{path}: needs {total/1e9:.1f} GB, {free/1e9:.1f} GB are free in {folder}: make room')
             archive.extractall(folder, **({} if path.suffix == '.zip' else dict(filter='data')))
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, ValueError) as e:
+    except (NotImplementedError, RuntimeError) as e: # of zipfile: an unknown method, encryption
+        raise DataError(f'{path}: cannot be unpacked here ({e}): unpack it by hand into {folder}') from None
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError) as e:
         if isinstance(e, DataError): raise
         raise DataError(f'{path}: is no sound archive ({e}): remove it and download it again') from None
 
@@ -199,7 +204,9 @@ def get(
     say(announce(name, out, sources))
     todo = [f for f in sources[name] if not (out/f.to/f'.{f.name}.done').exists()]
     if not todo: say('Everything that can be downloaded is there.'); return True
-    if not yes and ask(f'Download {len(todo)} files? [y/N] ').strip().lower() not in ('y', 'yes'): return False
+    try: agreed = yes or ask(f'Download {len(todo)} files? [y/N] ').strip().lower() in ('y', 'yes')
+    except EOFError: say('Nobody is there to answer, so nothing is downloaded: give --yes.'); return False
+    if not agreed: return False
     for f in todo:
         path = fetch(f, out/f.to/f.name, progress)
         if path.suffix in ('.zip', '.gz', '.tar'): unpack(path, out/f.to); path if keep else path.unlink()

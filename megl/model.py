@@ -186,8 +186,9 @@ def push_to_hub(self: MEGL,
     "Save into a temporary folder and upload that. Needs `hf auth login` once."
     from huggingface_hub import HfApi
     from tempfile import TemporaryDirectory
-    if self.generator is not None and isinstance(self.generator.base, str) and Path(self.generator.base).exists():
-        raise ValueError(f'the base model is the folder {self.generator.base}, which others do not have: push it under an id of its own and set generator.base to that id')
+    base = None if self.generator is None else self.generator.base
+    if local := [p for p in ((base,) if isinstance(base, str) else (base or {}).values()) if isinstance(p, str) and Path(p).exists()]:
+        raise ValueError(f'the base model is the folder {local[0]}, which others do not have: push it under an id of its own and set generator.base to that id')
     api = HfApi(); api.create_repo(repo_id, private=private, exist_ok=True)
     with TemporaryDirectory() as d:
         self.save_pretrained(d, **card)

@@ -220,7 +220,7 @@ def _missing(base, kind, e): # one error for what cannot be loaded
     name = str(base); hint = "give a folder in transformers' format, as save_pretrained writes it, or a hub id"
     if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', name) and not Path(name).exists():
         size = f'about {DOWNLOADS[name]} GB' if name in DOWNLOADS else 'the size stands on its page of the hub'
-        hint = (f'it is not on this machine and cannot be had from the hub. Give a local folder instead, or download it once ({size}) where there is '
+        hint = (f'it is not whole on this machine and cannot be had from the hub ({str(e).splitlines()[0]}). Give a local folder instead, or download it once ({size}) where there is '
                 f'a network, with HF_HUB_OFFLINE unset: hf download {name}')
     else: hint += f' ({str(e).splitlines()[0]})'
     return OSError(f'no {kind} at {name!r}: {hint}')
@@ -406,12 +406,13 @@ def memory_estimate(
     text_tokens: int = 40, # of a rationale
     half: bool = False, # autocast to 16 bits; a base in half precision computes so anyway
     margin: float = .1, # of the sum, added
-) -> dict: # GB (10⁹ bytes): weights, gradients, optimiser, activations, logits, total
-    "Memory of one training step, about."
+    generated: int = 0, # samples whose rationales are written at once, between epochs and in the end
+) -> dict: # GB (10⁹ bytes): weights, gradients, optimiser, activations, logits, cache (of generation), total
+    "Memory of one training step, about; or of generation with the optimiser beside it, if that is more."
     params = [p for m in (generator, classifier) if m is not None for p in m.parameters()]
     size = lambda ps: sum(p.numel()*p.element_size() for p in ps)
     trained = size([p for p in params if p.requires_grad])
-    acts, logits = batch_size*_classifier_kept(classifier) if classifier is not None else 0, 0
+    acts, logits, cache = batch_size*_classifier_kept(classifier) if classifier is not None else 0, 0, 0
     if generator is not None:
         config, base = generator.model.config, generator.model.get_input_embeddings().weight.dtype
         each = 2 if half or base.itemsize == 2 else 4; seen = config.image_seq_length
@@ -422,8 +423,10 @@ def memory_estimate(
             acts += batch_size*n*each*(depth*h + one if generator.checkpointing else depth*one)
         if half and base.itemsize == 4 and not generator.checkpointing: acts += sum(p.numel()*2 for p in generator.parameters() if p.ndim > 1)
         logits = batch_size*text_tokens*config.text_config.vocab_size*(each + 2*4) # as computed, in float32, and its gradient
-    parts = dict(weights=size(params), gradients=trained, optimiser=2*trained, activations=acts, logits=logits)
-    return {k: v/1e9 for k, v in dict(parts, total=(1 + margin)*sum(parts.values())).items()}
+        c = config.text_config; heads = getattr(c, 'num_key_value_heads', None) or c.num_attention_heads
+        cache = generated*tokens*each*2*c.num_hidden_layers*heads*(getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads) # keys and values
+    parts = dict(weights=size(params), gradients=trained, optimiser=2*trained, activations=acts, logits=logits, cache=cache)
+    return {k: v/1e9 for k, v in dict(parts, total=(1 + margin)*(size(params) + 3*trained + max(acts + logits, cache))).items()}
 
 def memory_advice(
     needed: dict, # of `memory_estimate`
@@ -431,8 +434,8 @@ def memory_advice(
 ) -> str|None: # one line; None if it fits
     "What to do where a step does not fit."
     if needed['total'] <= available: return None
-    parts = {k: v for k, v in needed.items() if k != 'total'}; moving = parts['activations'] + parts['logits']
-    fixed = needed['total']*(1 - moving/sum(parts.values())) # what no smaller batch would save
-    do = ('gradient checkpointing, or a smaller batch with more batches accumulated' if fixed < available else
+    step = needed['activations'] + needed['logits']; moving = max(step, needed['cache']); still = sum(needed[k] for k in ('weights', 'gradients', 'optimiser'))
+    fixed = needed['total']*still/(still + moving) # what no smaller batch would save
+    do = ('fewer samples generated at once' if step < moving else 'gradient checkpointing, or a smaller batch with more batches accumulated') if fixed < available else (
           'a base in bfloat16, a smaller language model, or several GPUs with the base sharded over them')
     return f"needs about {needed['total']:.0f} GB, this device has {available:.0f}: use {do}"

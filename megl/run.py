@@ -27,7 +27,7 @@ from .core import choose, code_hash, get_device, project_root, provenance, set_s
 from .classifiers import CLASSIFIERS, create_classifier
 from .data import load_dataset
 from .get import add_data_commands
-from .metrics import classification_metrics, iou_scores, missing_scores, text_metrics, visual_metrics
+from .metrics import VISUAL_SCORES, classification_metrics, iou_scores, missing_scores, text_metrics, visual_metrics
 from .report import tidy
 from .train import PretrainConfig, TrainConfig, annotations_of, fit, maps_of, predict_dataset, pretrain_llava
 
@@ -100,7 +100,7 @@ PRESETS = {p.name: p for p in (
     Preset('demo', TrainConfig(epochs=8, lr=2e-3, lr_generator=1e-3), PretrainConfig(), tuned=TUNED),
     Preset('photos', TrainConfig(epochs=10, batch_size=8, lr=1e-4, lr_generator=5e-4), base=dict(vision='openai/clip-vit-base-patch32', llm='HuggingFaceTB/SmolLM2-135M-Instruct'),
            weights='IMAGENET1K_V1', backbones=('resnet18',), lora=(('r', 16), ('lora_alpha', 32), ('lora_dropout', .05))),
-    Preset('paper', TrainConfig(epochs=10, batch_size=8, accumulate=4, lr=1e-4, lr_generator=5e-5, precision='bf16', workers=4), base='llava-hf/llava-1.5-7b-hf', weights='IMAGENET1K_V1',
+    Preset('paper', TrainConfig(epochs=10, batch_size=8, accumulate=4, lr=1e-4, lr_generator=5e-5, precision='bf16', workers=4, eval_batch=8), base='llava-hf/llava-1.5-7b-hf', weights='IMAGENET1K_V1',
            backbones=('resnet18', 'vit_b_16'), lora=(('r', 32), ('lora_alpha', 64), ('lora_dropout', .05)), generator=(('dtype', 'bfloat16'), ('checkpointing', True))),
 )}
 
@@ -143,17 +143,25 @@ def make_run(
     preset: str = 'smoke', # see PRESETS
     epochs: int = 0, # 0: the preset's
     device: str = 'auto', # where it is to run
+    base: str = '', # a LLaVA checkpoint, or a vision tower and a language model with a comma between; hub ids or folders; '': the preset's
+    weights: str = '', # of the classifier: torchvision's by name, or a state dict's path; '': the preset's
     **overrides # of TrainConfig: for instance lambda_v=.3
 ) -> Run:
     "Resolve names and preset into a run. Raises `ValueError` listing the valid names."
     on = METHODS[choose('method', method, METHODS)]; choose('backbone', backbone, backbones_of(method, CLASSIFIERS))
     p = PRESETS[choose('preset', preset, PRESETS)]; chosen = {**p.tuned.get((backbone, method), {}), **overrides}
-    weights = dict(lambda_t=float(chosen.pop('lambda_t', 1.)*on.text), lambda_v=float(chosen.pop('lambda_v', 1.)*on.visual))
+    terms = dict(lambda_t=float(chosen.pop('lambda_t', 1.)*on.text), lambda_v=float(chosen.pop('lambda_v', 1.)*on.visual))
     dc = chosen.pop('lambda_dc', None if on.consistency else 0.)
-    train = replace(p.train, seed=seed, visual=on.form, lambda_dc=dc if dc is None else float(dc), **weights, **(dict(epochs=epochs) if epochs else {}) | chosen)
-    pretrain, base, generator, llava, lora = (p.pretrain, p.base, p.generator, p.llava, p.lora) if train.lambda_t else (None, '', (), (), ())
-    return Run(str(dataset), backbone, method, seed, preset, train, p.limit, pretrain, base, generator, '' if on.mllm else p.weights, llava, lora,
+    train = replace(p.train, seed=seed, visual=on.form, lambda_dc=dc if dc is None else float(dc), **terms, **(dict(epochs=epochs) if epochs else {}) | chosen)
+    made, base = (None, _base(base)) if base else (p.pretrain, p.base)
+    made, base, generator, llava, lora = (made, base, p.generator, p.llava, p.lora) if train.lambda_t else (None, '', (), (), ())
+    return Run(str(dataset), backbone, method, seed, preset, train, p.limit, made, base, generator, '' if on.mllm else weights or p.weights, llava, lora,
                _fingerprint(_open(dataset)), code_hash(CODE + ('mllm',)*bool(on.mllm)), get_device(device).type)
+
+def _base(text): # as Preset.base has it
+    parts = [t.strip() for t in text.split(',')]
+    if not all(parts) or len(parts) > 2: raise ValueError(f'base is a LLaVA checkpoint, or VISION,LLM, not {text!r}')
+    return parts[0] if len(parts) == 1 else dict(zip(('vision', 'llm'), parts))
 
 def _fingerprint(ds): return stable_hash([ds.fingerprint, ds.classes])
 
@@ -186,7 +194,7 @@ def base_llava(run: Run, out: Path|str, device='auto') -> Path|str: # the checkp
 
 def _must_fit(run, generator, classifier, available): # GB; an honest estimate before a long start
     from megl.rationale import memory_advice, memory_estimate
-    needed = memory_estimate(generator, classifier, run.train.batch_size, half=run.train.precision != 'no')
+    needed = memory_estimate(generator, classifier, run.train.batch_size, half=run.train.precision != 'no', generated=run.train.eval_batch*bool(generator))
     if advice := memory_advice(needed, available): raise ValueError(f'{run}: {advice}')
 
 def build_model(run: Run, out: Path, classes: list, device='auto'):
@@ -264,12 +272,13 @@ def metrics_of(
 ) -> dict: # name → dict(value, n)
     "Classification, visual and text metrics of a run on the test split."
     file = predictions_file(run, out, stored, unfinished); p = read_predictions(file)
-    path = Path(out)/'runs'/'metrics'/f"{stable_hash([sha256(file), run.fingerprint, run.limit, sorted(missing_scores()), code_hash(('metrics',))])}.json"
+    path = Path(out)/'runs'/'metrics'/f"{stable_hash([sha256(file), run.fingerprint, run.limit, sorted(missing_scores()), *(os.environ.get(k) for k in ('MEGL_CLIP', 'MEGL_SPICE')), code_hash(('metrics', 'mllm'))])}.json"
     if path.exists(): return json.loads(path.read_text())
     test = _split(run, 'test')
     if list(p.id) != [r['id'] for r in test.records]: raise ValueError(f'{run}: predictions are not of this test split: run again with force')
     found = _sized(classification_metrics(p.label, p.predicted, len(test.classes)), len(p))
-    if maps_of(p) and (seen := visual_metrics(maps_of(p), annotations_of(test)))['n']: found |= _sized({k: v for k, v in seen.items() if k != 'n'}, seen['n']) | _sized({k: seen[k] for k in ('energy', 'energy_gain')}, seen['defined'])
+    if maps_of(p) and (seen := visual_metrics(maps_of(p), annotations_of(test)))['n']:
+        found |= _sized({k: v for k, v in seen.items() if k != 'n'} | {f'miou@{t:g}': v for t, v in seen['curve'].items()}, seen['n']) | _sized({k: seen[k] for k in ('energy', 'energy_gain')}, seen['defined'])
     if p.rationale.notna().all():
         images = None if 'clipscore' in missing_scores() else [s.image for s in test]
         said = text_metrics(list(p.rationale), [r['rationales'] for r in test.records], correct=(p.label == p.predicted).tolist(), images=images)
@@ -295,21 +304,25 @@ def execute(
     _own_gpu(device); out = Path(out); folder = run_folder(run, out); folder.mkdir(parents=True, exist_ok=True)
     first = int(os.environ.get('RANK', 0)) == 0 # of the processes that train this run together
     if get_device(device).type == 'cpu': torch.set_num_threads(1)
+    finished = lambda: not force and (folder/'run.json').exists()
+    if finished(): return f'{run}: reused' # seen by all processes of a run
     with FileLock(folder/'lock') if first else nullcontext():
+        if finished(): return f'{run}: reused' # by another process, meanwhile
         if force and first:
             for p in folder.iterdir():
                 if p.name != 'lock': shutil.rmtree(p) if p.is_dir() else p.unlink()
-        if not force and (folder/'run.json').exists(): return f'{run}: reused'
         began = time.time(); train, val, test = (_split(run, s) for s in ('train', 'val', 'test'))
         model = build_model(run, out, train.classes, device)
         history = fit(model, train, val, run.train, folder, device, progress=False, quiet=True)
         if not first: return f'{run}: trained'
-        predictions, made = predict_dataset(model, test, rationales=bool(run.train.lambda_t)), provenance()
+        predictions, made = predict_dataset(model, test, run.train.eval_batch, bool(run.train.lambda_t)), provenance()
         write_predictions(predictions, folder/'predictions.parquet', run_id=run.id, commit=str(made['commit']))
-        history.to_csv(folder/'history.csv', index=False); model.save_pretrained(folder/'model')
-        metrics_of(run, out, unfinished=True) # here, where runs are parallel
-        seconds = time.time() - began
-        write_atomic(folder/'run.json', json.dumps(dict(id=run.id, run=asdict(run), seconds=seconds, device=str(get_device(device)), processes=int(os.environ.get('WORLD_SIZE', 1)), **made), indent=1))
+        history.to_csv(folder/'history.csv', index=False)
+        found = metrics_of(run, out, unfinished=True); seconds = time.time() - began # here, where runs are parallel
+        about = dict(id=run.id, run=asdict(run), seconds=seconds, device=str(get_device(device)), processes=int(os.environ.get('WORLD_SIZE', 1)), **made)
+        card = dict(card={k: v['value'] for k, v in found.items()}, manifest=about, note=f'Measured on the test split of {train.name}: {run}, preset {run.preset}.') # an MLLM has no card
+        model.save_pretrained(folder/'model', **({} if METHODS[run.method].mllm else card))
+        write_atomic(folder/'run.json', json.dumps(about, indent=1))
         (folder/'last.pt').unlink()
     return f'{run}: trained in {seconds:.0f} s'
 
@@ -354,10 +367,13 @@ def result_rows(
     stored: bool = False, # see `predictions_file`
 ) -> pd.DataFrame: # tidy
     "The tidy table of some metrics of some runs."
-    why = lambda m: reason.get(m, 'not defined for this method') if isinstance(reason, dict) else reason
+    def why(r, m, found):
+        if m.split('@')[0] in ('miou', *VISUAL_SCORES) and not METHODS[r.method].mllm: return 'every map is dead' if 'miou' in found else 'no test sample has a map'
+        if m.startswith('filtered_') and 'bleu4' in found: return 'no sample is classified correctly'
+        return reason.get(m, 'not defined for this method') if isinstance(reason, dict) else reason
     def row(r, m):
-        found, run_id = metrics_of(r, out, stored).get(m), load_predictions(r, out, stored).attrs['run_id']
-        have = dict(value=found['value'], n=found['n']) if found else dict(value=float('nan'), n=0, reason=why(m))
+        found, run_id = metrics_of(r, out, stored), load_predictions(r, out, stored).attrs['run_id']
+        have = dict(value=found[m]['value'], n=found[m]['n']) if m in found else dict(value=float('nan'), n=0, reason=why(r, m, found))
         return dict(item=item, dataset=r.dataset, split='test', backbone=r.backbone, method=r.method, seed=r.seed, metric=m, preset=r.preset, run_id=run_id, **have)
     return tidy([row(r, m) for r in runs for m in metrics])
 
@@ -402,6 +418,8 @@ class Experiment:
     out_dir: str = 'results/runs/smoke' # relative to the project's root
     force: bool = False # train again what is finished
     from_predictions: bool = False # train nothing: read the predictions kept in out_dir/predictions
+    base: str = '' # of `make_run`; '': the preset's
+    weights: str = '' # of `make_run`; '': the preset's
     began: float = field(default_factory=time.time)
     executed: list = field(default_factory=list)
 
@@ -425,7 +443,7 @@ class Experiment:
 
     def run(self, dataset, backbone, method, seed, **overrides) -> Run:
         "One run under this experiment's preset, epochs and device."
-        return make_run(dataset, backbone, method, seed, self.preset, self.epochs, self.device, **overrides)
+        return make_run(dataset, backbone, method, seed, self.preset, self.epochs, self.device, self.base, self.weights, **overrides)
 
     def execute(self, runs):
         "Execute what is not finished; with `from_predictions` see that nothing is missing."
@@ -459,7 +477,7 @@ class Experiment:
         root, p = project_root(), provenance()
         inside = lambda f: str(f.relative_to(root)) if f.is_relative_to(root) else str(f)
         entry = dict(notebook=self.name, time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
-            parameters={k: getattr(self, k) for k in ('preset', 'dataset', 'methods', 'seeds', 'epochs', 'device', 'out_dir', 'force', 'from_predictions')} | more,
+            parameters={k: getattr(self, k) for k in ('preset', 'dataset', 'methods', 'seeds', 'epochs', 'device', 'out_dir', 'force', 'from_predictions', 'base', 'weights')} | more,
             commit=p['commit'], dirty=p['dirty'], versions=p['versions'], device=str(get_device(self.device)), seconds=round(time.time() - self.began, 1),
             runs=sorted({self.predictions(r).attrs['run_id'] for r in self.executed}), outputs={inside(Path(f).resolve()): sha256(f) for f in paths})
         (self.out/'runs').mkdir(exist_ok=True)
@@ -499,8 +517,9 @@ def _suite(a): # several notebooks, each with the parameters that it has
     import papermill as pm
     began, wanted = time.time(), dict(preset=a.preset, seeds=a.seeds, device=a.device, from_predictions=a.from_predictions)
     for name in a.suite:
-        print(f'\n── {name} ──', flush=True)
-        run_notebook(name, {k: v for k, v in wanted.items() if k in pm.inspect_notebook(experiments()[name])}, a.out_dir)
+        known = pm.inspect_notebook(experiments()[name]); print(f'\n── {name} ──', flush=True)
+        if a.from_predictions and 'from_predictions' not in known: print('left as it is: it needs more than predictions'); continue
+        run_notebook(name, {k: v for k, v in wanted.items() if k in known}, a.out_dir)
     out = project_root()/a.out_dir
     for t in sorted((out/'tables').glob('table[2345].md')) if a.suite == REPRODUCE else (): print(f'\n{t.read_text()}')
     print('written:', *(str(p) for d in ('tables', 'figures') for p in sorted((out/d).glob('*')) if p.stem.split('_')[0] in a.suite or p.stem in a.suite), sep='\n  ')
@@ -514,7 +533,7 @@ def _run(a):
 
 def _train(a):
     _own_gpu(a.device)
-    run = make_run(a.dataset, *backbones_of(a.method, (a.backbone,)), a.method, a.seed, a.preset, a.epochs, a.device)
+    run = make_run(a.dataset, *backbones_of(a.method, (a.backbone,)), a.method, a.seed, a.preset, a.epochs, a.device, a.base, a.weights)
     done = execute(run, project_root()/a.out_dir, a.device, a.force)
     if int(os.environ.get('RANK', 0)) == 0: print(done, run_folder(run, project_root()/a.out_dir), sep='\n')
 
@@ -547,6 +566,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('dataset'); p.add_argument('--backbone', default='resnet_tiny'); p.add_argument('--method', default='megl', choices=METHODS); p.add_argument('--seed', type=int, default=0)
     p.add_argument('--preset', default='smoke', choices=PRESETS); p.add_argument('--epochs', type=int, default=0, help="0: the preset's"); p.add_argument('--device', default='auto')
     p.add_argument('--force', action='store_true', help='train again even if finished'); p.add_argument('--out-dir', default='results/runs/smoke')
+    p.add_argument('--base', default='', help="LLaVA checkpoint, or VISION,LLM: hub ids or folders (default: the preset's)"); p.add_argument('--weights', default='', help="the classifier's: torchvision's by name, or a file (default: the preset's)")
     add_data_commands(sub.add_parser('data', help='Build, download or check a dataset.').add_subparsers(required=True, metavar='COMMAND'))
     p = add(sub, 'explain', _explain, 'Class, map and rationale of one image.')
     p.add_argument('image'); p.add_argument('--model', required=True, help='folder written by MEGL.save_pretrained'); p.add_argument('--base', help='where its LLaVA is, if it has moved')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'param_groups', 'lr_scale', 'EpochBatches', 'predict_dataset', 'maps_of', 'annotations_of',
-           'trained_state', 'save_checkpoint', 'load_checkpoint', 'term_shares', 'fit', 'PretrainConfig', 'random_maps',
-           'bags_of_words', 'pretrain_llava']
+           'trained_state', 'save_checkpoint', 'load_checkpoint', 'sharding', 'shard_frozen', 'term_shares', 'fit',
+           'PretrainConfig', 'random_maps', 'bags_of_words', 'pretrain_llava']
 
 # %% ../nbs/10_train.ipynb #b00c2cd3
 import math, os, sys, time
@@ -49,6 +49,7 @@ class TrainConfig:
     feature_route: bool = True # the text loss's gradient through the pooled feature
     accumulate: int = 1        # batches per step
     workers: int = 0           # processes that load data; no number depends on it
+    eval_batch: int = 64       # samples that are predicted, or explained, at once
     precision: str = 'no'      # 'no', 'bf16', 'fp16': accelerate's mixed precision
     seed: int = 0
 
@@ -83,6 +84,7 @@ def lr_scale(
 class EpochBatches(Sampler):
     "Batches of indices that depend on (seed, epoch) only; each process iterates over its part of every batch."
     def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+        if n < world: raise ValueError(f'{n} training samples for {world} process{"es"*(world > 1)}: each needs one')
         self.n, self.whole, self.seed, self.rank, self.world, self.epoch = n, batch_size*world, seed, rank, world, 0
     def __len__(self): return max(1, self.n//self.whole + (self.n % self.whole >= max(2, self.world)))
     def __iter__(self):
@@ -136,6 +138,39 @@ def load_checkpoint(path: Path) -> dict:
     "Read a checkpoint; a file that cannot be read is an error that says what to do."
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise RuntimeError(f'{path}: not a readable checkpoint ({type(e).__name__}): delete it to start this run anew') from None
+
+# %% ../nbs/10_train.ipynb #5a7e01c2
+def sharding() -> bool:
+    "Has the launcher asked for FSDP? Its flag is taken from accelerate, which would shard all, and kept under another name."
+    if os.environ.pop('ACCELERATE_USE_FSDP', '').lower() == 'true': os.environ['MEGL_SHARD'] = '1'
+    return os.environ.get('MEGL_SHARD') == '1'
+
+def shard_frozen(
+    model, # MEGL or MLLM, its language model under an adapter; the same in every process
+    device: torch.device, # of this process
+):
+    "Spread the frozen layers of the language model over the processes; everything else goes to the device whole."
+    import inspect
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    if 'ignored_params' not in inspect.signature(fully_shard).parameters: raise RuntimeError(f'sharding needs torch 2.7 or newer, this is {torch.__version__}')
+    if model.generator.base is None: raise ValueError('a base model without a name cannot be saved from its shards: save it, and load it from there')
+    lm = model.generator.model.model.language_model
+    layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)]; inside = {p for m in layers for p in m.parameters()}
+    if not layers: raise ValueError(f'{type(lm).__name__}: its layers are not known to transformers as such, so they cannot be sharded')
+    keep = {p for p in model.parameters() if p.requires_grad or p not in inside}
+    if not isinstance(lm, FSDPModule):
+        mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+        for m in layers: fully_shard(m, mesh=mesh, reshard_after_forward=True, ignored_params=keep)
+        fully_shard(lm, mesh=mesh, ignored_params=keep) # has no weights of its own to shard, but knows the order of the layers
+    model.to(device)
+
+def _prepare_sharded(accelerator, model, optimizer, ddp): # as accelerator.prepare, which refuses a model with shards
+    from torch.distributed.tensor import DTensor
+    DDP = torch.nn.parallel.DistributedDataParallel
+    DDP._set_params_and_buffers_to_ignore_for_model(model, [n for n, p in model.named_parameters() if isinstance(p, DTensor)])
+    ids = [accelerator.device.index] if accelerator.device.type == 'cuda' else None
+    return DDP(accelerator.prepare_model(model, evaluation_mode=True), device_ids=ids, **ddp.to_kwargs()), accelerator.prepare(optimizer)
 
 # %% ../nbs/10_train.ipynb #21593b84
 def term_shares(
@@ -202,6 +237,7 @@ def _resume(path, config, model, optimizer, accelerator): # the state of an unfi
     if not found: return fresh
     if found['config'] != stable_hash(config): raise ValueError(f'{path}: belongs to a run with another config: delete it or use another folder')
     model.load_state_dict(found['model'], strict=False); optimizer.load_state_dict(found['optimizer'])
+    if accelerator.scaler and found.get('scaler'): accelerator.scaler.load_state_dict(found['scaler']) # fp16's
     return {k: found[k] for k in fresh}
 
 def fit(
@@ -217,13 +253,14 @@ def fit(
     "Train `model` in place and leave it with its best weights. Raises `FloatingPointError` where a term is not finite."
     if config.lambda_t and model.generator is None: raise ValueError('lambda_t is above 0 but the model has no generator')
     progress = sys.stderr.isatty() if progress is None else progress
-    set_seed(config.seed); device = get_device(device)
+    set_seed(config.seed); device, shard = get_device(device), sharding() # before accelerate looks for the launcher's flag
     if device.type == 'cuda' and device.index is not None: torch.cuda.set_device(device)
     if not torch.distributed.is_initialized(): AcceleratorState._reset_state(True) # an earlier run of this process may have used another device
     unused = DistributedDataParallelKwargs(find_unused_parameters=model.generator is not None and not config.lambda_t)
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=2)) # the others wait while the first process evaluates
     accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision=config.precision, kwargs_handlers=[unused, patient])
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    shard = shard and world > 1 and model.generator is not None and model.generator.tuned
     train = train.with_transform(train_transform(model.image_size))
     batches = EpochBatches(len(train), config.batch_size, config.seed, rank, world)
     loader = DataLoader(train, batch_sampler=batches, collate_fn=collate, num_workers=config.workers, pin_memory=device.type == 'cuda',
@@ -231,9 +268,10 @@ def fit(
     grid = getattr(getattr(model, 'classifier', None), 'grid', None)
     if config.visual == 'res-l': model.imputation = Imputation(model.image_size//grid[0]).to(device) # trained along, not part of the classifier
     mean_map = _consistency_target(train, grid, config); mean_map = None if mean_map is None else mean_map.to(accelerator.device)
+    if shard: shard_frozen(model, accelerator.device)
     optimizer = torch.optim.AdamW(param_groups(model, config))
     for g in optimizer.param_groups: g['initial_lr'] = g['lr']
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped, optimizer = _prepare_sharded(accelerator, model, optimizer, unused) if shard else accelerator.prepare(model, optimizer)
     path = None if folder is None else Path(folder)/'last.pt'
     if path is not None: path.parent.mkdir(parents=True, exist_ok=True)
     state, annotations = _resume(path, config, model, optimizer, accelerator), annotations_of(val)
@@ -242,17 +280,21 @@ def fit(
         batches.epoch = epoch; train.at_epoch(config.seed, epoch)
         row = dict(epoch=epoch+1, **_epoch(model, wrapped, loader, optimizer, accelerator, config, epoch, mean_map, progress))
         state['epoch'] = epoch+1
+        together = shard and not hasattr(model, 'classifier') # sharded layers answer only where all processes ask
+        if main or together: p = predict_dataset(model, val, config.eval_batch)
         if main:
-            p = predict_dataset(model, val); seen = maps_of(p)
+            seen = maps_of(p)
             row['val_accuracy'] = float((p.label == p.predicted).mean())
             if seen: row['val_miou'] = float(visual_metrics(seen, annotations)['miou'])
             if state['best'] is None or row['val_accuracy'] >= state['best']['accuracy']:
                 state['best'] = dict(accuracy=row['val_accuracy'], epoch=epoch+1, model=trained_state(model))
             state['history'].append({**row, 'seconds': time.time()-began})
-            if path is not None: save_checkpoint(path, **state, config=stable_hash(config), model=trained_state(model), optimizer=optimizer.state_dict())
+            if path is not None: save_checkpoint(path, **state, config=stable_hash(config), model=trained_state(model), optimizer=optimizer.state_dict(),
+                                                 scaler=accelerator.scaler and accelerator.scaler.state_dict())
             if not quiet: print(_line(state['history'][-1], config))
         accelerator.wait_for_everyone()
     state = _from_first(accelerator, state)
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False); vars(model).pop('_is_accelerate_prepared', None) # as it was before
     model.load_state_dict(state['best']['model'], strict=False)
     if config.visual == 'res-l': del model.imputation
     return pd.DataFrame(state['history'])

@@ -81,6 +81,83 @@ def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path):
         assert torch.equal(o['mean'], a['mean']) and torch.equal(o['mean'], b['mean'])
         assert len(a['written']) == 2 and not b['written'] # the first process alone writes
 
+# The frozen layers, spread over two processes
+
+SHARDED = '''
+import os, sys, torch
+import megl.train
+from megl.classifiers import create_classifier
+from megl.core import set_seed
+from megl.data import load_dataset
+from megl.mllm import MLLM
+from megl.model import MEGL
+from megl.rationale import RationaleGenerator, lora_config
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+torch.set_num_threads(1); rank = int(os.environ['RANK']); folder = f"{sys.argv[1]}/{rank}"; asked = os.environ.pop('ACCELERATE_USE_FSDP', None)
+train, val = (load_dataset('toy-object', s) for s in ('train', 'val')); train, val = train.subset(range(21)), val.subset(range(10))
+texts = [t for r in train.records for t in r['rationales']]
+set_seed(0); base = RationaleGenerator.from_config(texts, 1, lora=False); base.model.save_pretrained(folder); base.tokenizer.save_pretrained(folder)
+gradients = []
+register_optimizer_step_pre_hook(lambda optimizer, *_: gradients.append([p.grad.clone() for g in optimizer.param_groups for p in g['params']]))
+
+def fit(name, mllm=False, sharded=True, **options):
+    os.environ.pop('MEGL_SHARD', None); gradients.clear(); set_seed(0)
+    if sharded: os.environ['ACCELERATE_USE_FSDP'] = asked # what the launcher said
+    classifier = None if mllm else create_classifier('vit_tiny', len(train.classes))
+    generator = RationaleGenerator.from_pretrained(folder, 1 if mllm else classifier.head.in_features, lora=lora_config(r=4, lora_dropout=0.), checkpointing=True)
+    model = MLLM(generator, train.classes, mode='answer') if mllm else MEGL(classifier, generator, train.classes)
+    config = megl.train.TrainConfig(batch_size=4, lr=1e-3, lr_generator=1e-2, lambda_t=1., lambda_v=0. if mllm else 1., eval_batch=4, **options)
+    history = megl.train.fit(model, train, val, config, f'{sys.argv[1]}/{name}', device='cpu', quiet=True)
+    said = megl.train.predict_dataset(model, val.subset(range(4)), rationales=True) # both processes
+    spread = {n: [p.numel(), p.to_local().numel()] for n, p in model.named_parameters() if isinstance(p, DTensor)}
+    frozen = [n for n, p in model.named_parameters() if '.language_model.layers.' in n and not p.requires_grad]
+    return model, dict(history=history.drop(columns='seconds').to_dict('list'), gradients=[*gradients], weights=list(megl.train.trained_state(model).values()),
+                       said=said[['probabilities', 'map', 'rationale', 'answer']].to_dict('list'), spread=spread, frozen=frozen)
+
+found = dict(asked=asked)
+for kind, more in dict(megl=dict(epochs=2), mllm=dict(mllm=True, epochs=1)).items():
+    found[kind] = [fit(f'{kind}-whole', sharded=False, **more)[1]]
+    model, sharded = fit(f'{kind}-sharded', **more); found[kind].append(sharded)
+    if rank == 0 and kind == 'megl': # alone
+        model.save_pretrained(f'{folder}/model'); images = torch.stack([s.image for s in val.with_transform(megl.train.eval_transform(48))])
+        found['loaded'] = bool(torch.equal(model.infer(images).probabilities, MEGL.from_pretrained(f'{folder}/model').infer(images).probabilities))
+
+epoch = megl.train._epoch
+def dies(*args):
+    if args[6] == 1: raise KeyboardInterrupt
+    return epoch(*args)
+megl.train._epoch = dies
+try: fit('resumed', epochs=2)
+except KeyboardInterrupt: found['killed'] = True
+megl.train._epoch = epoch; found['megl'].append(fit('resumed', epochs=2)[1])
+torch.save(found, f"{sys.argv[1]}/{rank}.pt")
+'''
+
+def test_sharded_layers_learn_as_whole_ones(tmp_path):
+    script = tmp_path/'sharded.py'; script.write_text(SHARDED)
+    call('accelerate-launch', '--config_file', 'nbs/params/accelerate_fsdp.yaml', '--num_processes', 2, script, tmp_path)
+    both = [torch.load(tmp_path/f'{rank}.pt', weights_only=True) for rank in (0, 1)]
+    for found in both:
+        assert found['asked'] == 'true' and found['killed'] # by the configuration file
+        for kind in ('megl', 'mllm'):
+            whole, sharded = found[kind][:2]
+            assert not whole['spread'] and sharded['frozen'] and sorted(sharded['spread']) == sorted(sharded['frozen'])
+            total, own = map(sum, zip(*sharded['spread'].values())); assert .45 < own/total < .55
+            assert whole['history'].keys() == sharded['history'].keys() > {'text', 'loss', 'val_accuracy'}
+            for k, curve in whole['history'].items(): assert differ([curve], [sharded['history'][k]]) <= 1e-5 or curve == sharded['history'][k], k
+            assert len(whole['gradients']) == len(sharded['gradients']) == 3*len(curve)
+            for a, b in zip(whole['gradients'], sharded['gradients']): assert differ(a, b) <= 1e-5
+            assert differ(whole['weights'], sharded['weights']) <= 1e-5
+            assert whole['said']['rationale'] == sharded['said']['rationale'] and whole['said']['answer'] == sharded['said']['answer']
+            assert differ(whole['said']['probabilities'], sharded['said']['probabilities']) <= 1e-5
+        _, sharded, resumed = found['megl']
+        assert sharded['history'] == resumed['history'] and all(map(torch.equal, sharded['weights'], resumed['weights']))
+    assert both[0]['loaded'] and all(map(torch.equal, both[0]['megl'][1]['weights'], both[1]['megl'][1]['weights']))
+    parts = [{n: s[1] for n, s in b['megl'][1]['spread'].items()} for b in both]
+    assert all(parts[0][n] + parts[1][n] == size for n, (size, _) in both[0]['megl'][1]['spread'].items()) # nothing is held twice
+
 # One run, started by a launcher; one of its processes killed
 
 def launch(out):

@@ -180,6 +180,44 @@ def test_settings_name_what_is_imported():
     needed = [p for p in undeclared(modules, REQUIREMENTS) if p not in OPTIONAL], undeclared(others + notebooks, REQUIREMENTS + DEVELOPMENT)
     assert needed == ([], []), f'not in requirements, not in dev_requirements: {needed}'
 
+# ---- presets
+
+def stated(path): # what a file of parameters says about its preset: name → value, as text
+    return dict(re.findall(r'^#   ([a-z_.]+) = (.+?)(?: {2,}|$)', path.read_text(encoding='utf-8'), re.M))
+
+def spelled(preset, name): # the same of the preset itself
+    if name == 'lora': return ', '.join(f"{k.removeprefix('lora_')} {v:g}" for k, v in preset.lora)
+    if name == 'base': return preset.base if isinstance(preset.base, str) else ' and '.join(preset.base.values())
+    if name == 'backbones': return ', '.join(preset.backbones)
+    if name.startswith('generator.'): return str(dict(dict(dtype='float32', checkpointing=False), **dict(preset.generator))[name[10:]]).lower()
+    value = getattr(preset.train, name[6:]) if name.startswith('train.') else getattr(preset, name)
+    return value
+
+@pytest.mark.parametrize('name', ['photos', 'paper'])
+def test_reasons_are_given_for_the_values_that_a_preset_has(name):
+    from megl.run import PRESETS
+    told = stated(ROOT/'nbs'/'params'/f'{name}.yaml'); assert len(told) >= 12
+    differ = {k: (v, own) for k, v in told.items() if (own := spelled(PRESETS[name], k)) != v and not (isinstance(own, (int, float)) and float(v) == own)}
+    assert not differ, differ
+    from dataclasses import fields
+    unsaid = [f.name for f in fields(PRESETS[name].train) if getattr(PRESETS[name].train, f.name) != f.default and f'train.{f.name}' not in told]
+    assert not unsaid, f'no reason is given for {unsaid}'
+
+def test_the_demo_has_the_rates_and_weights_that_tuning_chose():
+    import csv
+    from megl.run import TUNED
+    with open(ROOT/'results'/'tables'/'tuning_choice.csv', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    chosen = {(r.pop('backbone'), r.pop('method')): {k: float(v) for k, v in r.items() if v} for r in rows}
+    assert chosen == TUNED
+
+@pytest.mark.parametrize('path', sorted((ROOT/'nbs'/'params').glob('[!a]*.yaml')), **by_name)
+def test_files_of_parameters_fit_the_tables(path):
+    given = yaml.safe_load(path.read_text(encoding='utf-8'))
+    for nb in ('21_table2', '22_table3', '23_table4'):
+        known = papermill.inspect_notebook(ROOT/'nbs'/f'{nb}.ipynb')
+        assert not [k for k in given if k not in known], nb
+        assert given['preset'] == path.stem and path.stem in known['preset']['help'], nb
+
 # ---- what is committed
 
 def test_no_paths_of_one_machine():

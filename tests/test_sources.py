@@ -1,9 +1,9 @@
 "Builders and the data commands as a user meets them: leaks, damage, speed, the command line."
-import json, os, subprocess, sys, time
+import json, os, subprocess, sys
 from pathlib import Path
 
 import numpy as np, pytest, torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 from megl.check import check
@@ -170,21 +170,15 @@ def test_get_asks_first(tmp_path):
     assert run.returncode == 1 and '13.5 GB' in run.stdout and 'terms' in run.stdout and 'drive.google.com' in run.stdout
     assert not (tmp_path/'x').exists()
 
-def test_checking_twenty_thousand_samples_takes_less_than_a_minute(tmp_path):
-    "On two idle cores. 4,000 samples are read here, the processor's time counts, so that a busy machine does not matter."
-    (tmp_path/'d'/'images').mkdir(parents=True); (tmp_path/'d'/'maps').mkdir(); lines, rng = [], np.random.default_rng(0)
-    photos = []
-    for k in range(40): # photographs of 640 × 480 pixels, each a hundred times
-        im = Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype='uint8')).resize((640, 480), Image.Resampling.BICUBIC)
-        ImageDraw.Draw(im).text((20, 20), str(k)); im.save(tmp_path/'p.jpg', quality=90); photos.append((tmp_path/'p.jpg').read_bytes())
-    Image.fromarray(np.eye(480, 640).astype('uint8')*255).save(tmp_path/'d'/'maps'/'m.png')
-    for i in range(4000):
-        (tmp_path/'d'/'images'/f'{i}.jpg').write_bytes(photos[i % 40])
-        lines.append(json.dumps(dict(id=str(i), file_name=f'images/{i}.jpg', label='ab'[i % 2], rationales=['why'], split='train', group=str(i % 40),
-                                     map_file='maps/m.png' if i % 10 == 0 else None)) + '\n')
+def test_many_samples_are_checked_by_several_processes(tmp_path):
+    "How fast, for 20,000, is measured in 50_benchmark."
+    (tmp_path/'d'/'images').mkdir(parents=True); lines, rng = [], np.random.default_rng(0)
+    for i in range(1200):
+        Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype='uint8')).resize((80, 60), Image.Resampling.BICUBIC).save(tmp_path/'d'/'images'/f'{i}.jpg')
+        lines.append(json.dumps(dict(id=str(i), file_name=f'images/{i}.jpg', label='ab'[i % 2], rationales=['why'], split='train', group=str(i), map_file=None)) + '\n')
+    (tmp_path/'d'/'images'/'1100.jpg').write_bytes(b'no picture')
     (tmp_path/'d'/'metadata.jsonl').write_text(''.join(lines))
     info = dict(name='d', classes=['a', 'b'], metadata_sha256=sha256(tmp_path/'d'/'metadata.jsonl'))
     (tmp_path/'d'/'dataset.json').write_text(json.dumps(info))
-    began = time.process_time(); report = check(tmp_path/'d', jobs=1); seconds = time.process_time() - began
-    assert report.ok and report.samples == 4000, str(report)
-    assert 5*seconds/2 < 60 - 10, f'{seconds:.1f} s' # two cores; the comparison of all pairs of 20,000 takes up to ten
+    one, two = (check(tmp_path/'d', jobs=n).as_dict() for n in (1, 2))
+    assert one == two and one['samples'] == 1200 and list(one['errors']) == ['broken picture'] and len(one['errors']['broken picture']) == 1
