@@ -29,7 +29,7 @@ from .data import load_dataset
 from .get import add_data_commands
 from .metrics import VISUAL_SCORES, classification_metrics, iou_scores, missing_scores, text_metrics, visual_metrics
 from .report import tidy
-from .train import PretrainConfig, TrainConfig, annotations_of, fit, maps_of, predict_dataset, pretrain_llava
+from .train import PretrainConfig, TrainConfig, annotations_of, fit, maps_of, predict_dataset, pretrain_llava, sharding
 
 # %% ../nbs/13_run.ipynb #98bf376d
 class Method(NamedTuple):
@@ -192,9 +192,17 @@ def base_llava(run: Run, out: Path|str, device='auto') -> Path|str: # the checkp
             write_atomic(folder/'pretrain.json', json.dumps(dict(config=asdict(run.pretrain), dataset=run.dataset, loss=last), indent=1))
     return folder
 
+def _sharded(run): # over how many processes the language model's frozen layers are spread
+    return int(os.environ.get('WORLD_SIZE', 1)) if run.train.lambda_t and sharding() else 1
+
 def _must_fit(run, generator, classifier, available): # GB; an honest estimate before a long start
     from megl.rationale import memory_advice, memory_estimate
     needed = memory_estimate(generator, classifier, run.train.batch_size, half=run.train.precision != 'no', generated=run.train.eval_batch*bool(generator))
+    if (world := _sharded(run)) > 1:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+        layers = [m for m in generator.model.model.language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        sizes = [sum(p.numel()*p.element_size() for p in m.parameters() if not p.requires_grad)/1e9 for m in layers]
+        needed['total'] -= max(0., sum(sizes)*(1 - 1/world) - 2*max(sizes)) # elsewhere; one layer computes while the next is gathered
     if advice := memory_advice(needed, available): raise ValueError(f'{run}: {advice}')
 
 def build_model(run: Run, out: Path, classes: list, device='auto'):
@@ -210,8 +218,9 @@ def build_model(run: Run, out: Path, classes: list, device='auto'):
     if (where := get_device(device)).type == 'cuda': _must_fit(run, generator, classifier, torch.cuda.get_device_properties(where).total_memory/1e9)
     if mode:
         from megl.mllm import MLLM
-        return MLLM(generator, classes, mode=mode).to(get_device(device))
-    return MEGL(classifier, generator, classes).to(get_device(device))
+        model = MLLM(generator, classes, mode=mode)
+    else: model = MEGL(classifier, generator, classes)
+    return model if _sharded(run) > 1 else model.to(where) # a sharded one is moved by `fit`, layer by layer
 
 # %% ../nbs/13_run.ipynb #b00c06c2
 def write_predictions(
@@ -314,8 +323,10 @@ def execute(
         began = time.time(); train, val, test = (_split(run, s) for s in ('train', 'val', 'test'))
         model = build_model(run, out, train.classes, device)
         history = fit(model, train, val, run.train, folder, device, progress=False, quiet=True)
+        if not first and _sharded(run) == 1: return f'{run}: trained'
+        predictions = predict_dataset(model, test, run.train.eval_batch, bool(run.train.lambda_t)) # by all processes where the layers are sharded
         if not first: return f'{run}: trained'
-        predictions, made = predict_dataset(model, test, run.train.eval_batch, bool(run.train.lambda_t)), provenance()
+        made = provenance()
         write_predictions(predictions, folder/'predictions.parquet', run_id=run.id, commit=str(made['commit']))
         history.to_csv(folder/'history.csv', index=False)
         found = metrics_of(run, out, unfinished=True); seconds = time.time() - began # here, where runs are parallel
