@@ -8,6 +8,7 @@ __all__ = ['VQA', 'COCO', 'VQA_TERMS', 'COCO_TERMS', 'SOURCES', 'PARK', 'MANUAL'
 
 # %% ../nbs/15_get.ipynb #a8d1df1e
 import hashlib, lzma, shutil, stat, tarfile, time, urllib.error, urllib.request, zipfile, zlib
+from argparse import SUPPRESS
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -161,6 +162,7 @@ def _members(archive): # (name, bytes, is it a plain file or folder?) of a zip o
             yield m.filename, m.file_size, kind in (0, stat.S_IFREG, stat.S_IFDIR)
     else:
         for m in archive: yield m.name, m.size, m.isfile() or m.isdir()
+        archive.fileobj.seek(archive.offset) # where it found no further header
         while block := archive.fileobj.read(2**20): # nothing but zeros, and then the stream's checksum
             if block.strip(b'\0'): raise tarfile.ReadError('a damaged header')
 
@@ -214,9 +216,17 @@ def get(
     say(f'Downloaded {len(todo)} files into {out}.'); return True
 
 # %% ../nbs/15_get.ipynb #1eff8ee4
+def _class_list(path): # the lines of a text file
+    try: text = Path(path).read_text(encoding='utf-8-sig')
+    except (OSError, UnicodeError) as e: raise DataError(f'{path}: cannot be read ({e}): give a text file in UTF-8') from None
+    if names := list(dict.fromkeys(t.strip() for t in text.splitlines() if t.strip())): return names
+    raise DataError(f'{path}: names no class: write one a line')
+
 def _report(a): # a builder as a command: options → report
     from megl import me, sources
     options = {k: v for k, v in vars(a).items() if k not in ('do', 'build')}
+    if 'classes' in options: options['classes'] = _class_list(options['classes'])
+    elif 'top' in options: options['classes'] = None # to be chosen
     print(getattr(sources if hasattr(sources, a.build) else me, a.build)(**options)); return 0
 
 def _check(a):
@@ -269,6 +279,10 @@ def add_data_commands(
         for k, (default, t) in EXTRA[name].items():
             p.add_argument(f'--{k}', **(dict(choices=default) if isinstance(default, tuple) else {}), help=t,
                            default=default[0] if isinstance(default, tuple) else default)
+        if name in SOURCES: # the two that select classes; an option that is not given leaves the builder's default
+            one = p.add_mutually_exclusive_group()
+            one.add_argument('--classes', default=SUPPRESS, metavar='FILE', help='text file with a class a line')
+            one.add_argument('--top', type=int, default=SUPPRESS, metavar='N', help='the N most frequent classes')
         p.add_argument('--min-count', type=int, default=5, help='classes with fewer pictures are skipped')
         p.add_argument('--annotated', type=float, default=1., help='share of training samples that keep their map')
         p.add_argument('--skip-broken', action='store_true', help='skip and count missing or broken files')

@@ -205,6 +205,10 @@ def _must_fit(run, generator, classifier, available): # GB; an honest estimate b
         needed['total'] -= max(0., sum(sizes)*(1 - 1/world) - 2*max(sizes)) # elsewhere; one layer computes while the next is gathered
     if advice := memory_advice(needed, available): raise ValueError(f'{run}: {advice}')
 
+def _must_compute(run, supported): # bfloat16 where it is asked for
+    asked = run.train.precision == 'bf16' or dict(run.generator).get('dtype') == 'bfloat16'
+    if asked and not supported: raise ValueError(f"{run}: preset {run.preset} computes in bfloat16, which this GPU cannot: take a preset with precision 'fp16' and dtype 'float16', or another GPU")
+
 def build_model(run: Run, out: Path, classes: list, device='auto'):
     "The run's model before training: MEGL, or MLLM."
     from megl.model import MEGL
@@ -215,7 +219,9 @@ def build_model(run: Run, out: Path, classes: list, device='auto'):
         from megl.rationale import RationaleGenerator, lora_config
         more = dict(run.generator); more |= dict(dtype=getattr(torch, more['dtype'])) if 'dtype' in more else {}
         generator = RationaleGenerator.from_pretrained(base, 1 if mode else classifier.head.in_features, lora=lora_config(**dict(run.lora)), **more)
-    if (where := get_device(device)).type == 'cuda': _must_fit(run, generator, classifier, torch.cuda.get_device_properties(where).total_memory/1e9)
+    if (where := get_device(device)).type == 'cuda':
+        _must_compute(run, torch.cuda.is_bf16_supported(including_emulation=False))
+        _must_fit(run, generator, classifier, torch.cuda.get_device_properties(where).total_memory/1e9)
     if mode:
         from megl.mllm import MLLM
         model = MLLM(generator, classes, mode=mode)

@@ -446,7 +446,7 @@ def _cell(r, k, where): # a cell as text, '' if it is empty
     if (v := r.get(k)) is None or isinstance(v, kinds): return '' if v is None else str(v)
     raise DataError(f"{where}: {' or '.join(COLUMNS[k])} is {v!r:.60}: it must be a text")
 
-def _located(root, name, where): # root/name; DataError unless it stays inside; a missing file is for `build_rows` to count
+def _located(root, name, where): # root/name, which stays inside; a missing file is for `build_rows` to count
     outside = Path(name).is_absolute() or '..' in Path(name).parts
     return _inside(root, name, where) if outside or os.path.isfile(root/name) else root/name
 
@@ -522,7 +522,7 @@ def _hub_class(value, names, where): # the class, None for a row without one; a 
     if value is None or value != value or names and not 0 <= value < len(names): return None
     return names[value] if names else str(value).strip() or None
 
-def _hub_rows(parts, folder, columns, template, base, skipped, skip_broken): # rows of `build_rows`; stores pictures
+def _hub_rows(parts, folder, columns, template, base, skipped, skip_broken): # for `build_rows`; stores pictures
     n = -1
     for part, data in parts.items():
         names = getattr(data.features[columns['label']], 'names', None)
@@ -590,5 +590,6 @@ def build_hub(
         rows = list(_hub_rows(parts, Path(folder), columns, template, base, skipped, skip_broken))
         rows = _hub_splits(rows, skipped)
         return build_rows(rows, out, skipped, 'they are not in the source', min_count, annotated, skip_broken, seed,
-                          found=sum(p.num_rows for p in parts.values()), licence=lambda _: licence, source=f'datasets library: {path.name if local else source}',
+                          found=sum(p.num_rows for p in parts.values()), licence=lambda _: licence,
+                          source=f'datasets library: {path.name if local else source}',
                           builder=f'build_hub min_count={min_count} annotated={annotated} seed={seed}')

@@ -99,3 +99,30 @@ def test_from_a_coco_folder_to_an_explained_image(coco):
     model = next(p.parent for p in coco.glob('out/runs/*/model/generator'))
     said = call('megl', 'explain', coco/'images'/'0.png', '--model', model, '--out', coco/'why.png')
     assert said.stdout.split(' ')[0] in ('left', 'right') and (coco/'why.png').exists()
+
+@pytest.mark.parametrize('backbone', ['resnet18', 'vit_b_16'])
+def test_the_paper_preset_on_a_reduced_checkpoint(tmp_path, backbone):
+    "Real classifiers, a LLaVA of the same classes and files but little width; all else as the preset says."
+    import torch
+    from megl.classifiers import create_classifier
+    from megl.data import eval_transform, load_dataset
+    from megl.model import MEGL
+    from megl.rationale import small_llava_config, train_tokenizer
+    from megl.run import PRESETS, execute, make_run, read_predictions, run_folder
+    from megl.toy import ToyConfig, build
+    from transformers import CLIPImageProcessor, LlavaForConditionalGeneration, LlavaProcessor
+    build('toy-object', tmp_path/'world', ToyConfig(train=18, val=8, test=8, pretrain=1, annotated=.3))
+    texts = [t for r in load_dataset(tmp_path/'world', 'train').records for t in r['rationales']]; tokenizer = train_tokenizer(texts)
+    LlavaForConditionalGeneration(small_llava_config(tokenizer)).to(torch.bfloat16).save_pretrained(tmp_path/'llava', max_shard_size='200KB')
+    LlavaProcessor(CLIPImageProcessor(size=dict(shortest_edge=48), crop_size=dict(height=48, width=48)), tokenizer, patch_size=8).save_pretrained(tmp_path/'llava')
+    torch.save(create_classifier(backbone, 1000).state_dict(), tmp_path/'classifier.pt')
+    run = make_run(tmp_path/'world', backbone, 'megl', 0, 'paper', 1, 'cpu', base=str(tmp_path/'llava'), weights=str(tmp_path/'classifier.pt'), workers=0)
+    assert run.train.accumulate == 4 and run.train.precision == 'bf16' and dict(run.generator) == dict(PRESETS['paper'].generator) and dict(run.lora)['r'] == 32
+    assert 'trained' in execute(run, tmp_path, 'cpu')
+    p, folder = read_predictions(run_folder(run, tmp_path)/'predictions.parquet'), run_folder(run, tmp_path)/'model'
+    assert len(p) == 8 and p.rationale.notna().all() and p.height[0] == dict(resnet18=7, vit_b_16=14)[backbone]
+    assert '| accuracy |' in (folder/'README.md').read_text() and json.loads((folder/'run.json').read_text())['id'] == run.id
+    again = MEGL.from_pretrained(folder)
+    assert {q.dtype for q in again.generator.parameters() if not q.requires_grad} == {torch.bfloat16} and {q.dtype for q in again.classifier.parameters()} == {torch.float32}
+    images = torch.stack([x.image for x in load_dataset(tmp_path/'world', 'test', eval_transform(again.image_size))])
+    assert again.predict(images).argmax(1).tolist() == p.predicted.tolist() and not list(tmp_path.glob('runs/base-*')) # nothing small was pre-trained in its place

@@ -8,9 +8,9 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 from megl.check import check
 from megl.core import sha256
-from megl.data import DataError, Dataset, load_dataset
+from megl.data import TOY, DataError, Dataset, load_dataset
 from megl.me import build_action_me, build_export, build_object_me
-from megl.sources import build_coco, build_folder, build_hub
+from megl.sources import build_coco, build_folder, build_hub, find_twins, thumbnail
 
 CLASSES = 'cow', 'bus', 'kitchen'
 N = 42 # pictures of a source; the last two are near duplicates of the first two, under other names
@@ -169,6 +169,28 @@ def test_get_asks_first(tmp_path):
     run = data('get', 'object-me', '--out', tmp_path/'x', input='n\n')
     assert run.returncode == 1 and '13.5 GB' in run.stdout and 'terms' in run.stdout and 'drive.google.com' in run.stdout
     assert not (tmp_path/'x').exists()
+
+def test_without_anybody_to_answer_nothing_is_downloaded(tmp_path):
+    run = data('get', 'object-me', '--out', tmp_path/'x', stdin=subprocess.DEVNULL)
+    assert run.returncode == 1 and '--yes' in run.stdout and 'Traceback' not in run.stderr and not (tmp_path/'x').exists()
+
+def test_the_classes_are_chosen_on_the_command_line(tmp_path):
+    (tmp_path/'source').mkdir(); action_me(tmp_path/'source', 'nlx'); (tmp_path/'classes.txt').write_text('cow\n\nbus\n')
+    build = 'build', 'action-me', '--folder', tmp_path/'source', '--images', tmp_path/'source'/'images', '--out'
+    top = data(*build, tmp_path/'one', '--top', 1)
+    assert top.returncode == 0 and '1 classes' in top.stdout and 'not there: actX_train.json, actX_val.json' in top.stdout, top.stderr
+    named = data(*build, tmp_path/'two', '--classes', tmp_path/'classes.txt')
+    assert named.returncode == 0 and load_dataset(tmp_path/'two').classes == ['bus', 'cow'], named.stderr
+    skipped = json.loads((tmp_path/'two'/'report.json').read_text())['skipped'] # every name
+    assert len(skipped['class that is not selected']) == sum(label(i) == 'kitchen' for i in range(N))
+
+@pytest.mark.parametrize('world', TOY)
+def test_no_test_picture_of_a_toy_world_has_a_near_duplicate_in_training(world):
+    ds = load_dataset(world); splits = [r['split'] for r in ds.records]
+    test = [i for i, s in enumerate(splits) if s == 'test']; rest = [i for i, s in enumerate(splits) if s != 'test']
+    thumbs = [thumbnail(Image.open(ds.root/r['file_name']).convert('RGB')) for r in ds.records]
+    pairs = find_twins([thumbs[i] for i in test + rest]); n = len(test)
+    assert n and not [(ds.records[test[i]]['id'], ds.records[rest[j - n]]['id']) for i, j in pairs if i < n <= j]
 
 def test_many_samples_are_checked_by_several_processes(tmp_path):
     "How fast, for 20,000, is measured in 50_benchmark."
