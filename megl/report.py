@@ -8,7 +8,7 @@ __all__ = ['COLUMNS', 'INTEGERS', 'TEXT', 'KEY', 'METRICS', 'TEXTUAL', 'METHOD_N
            'tidy', 'to_csv', 'read_table', 'Interval', 'interval', 'sign_flip_test', 'crossed_bootstrap', 'PairedTest',
            'paired_test', 'holm', 'compare', 'wide', 'table_caption', 'to_markdown', 'show_table', 'tex', 'to_latex',
            'write_frame', 'write_table', 'paper_table', 'beside_paper', 'theme', 'figure', 'save_figure', 'overlay',
-           'explanation_figure', 'plot_methods', 'plot_history']
+           'explanation_figure', 'plot_methods', 'plot_levels', 'plot_history']
 
 # %% ../nbs/12_report.ipynb #032409b6
 import io, itertools, re, textwrap
@@ -608,6 +608,79 @@ def plot_methods(
         ax.set(title='\n'.join(display_name(c, k) for c, k in zip(panel, key)), xlabel=display_name('metric', metric))
         ax.set_ylim(len(methods) - .5, -.6)
         ax.set_yticks(range(len(methods)), [display_name('method', m) for m in methods])
+    return fig
+
+# %% ../nbs/12_report.ipynb #e4da4e8b
+def _name_ends(ax, ends, gap=.09): # methods' names at (height, method) right of the axes, `gap` of its height apart
+    (low, high), ends = ax.get_ylim(), sorted(ends); at = [(y - low)/(high - low) for y, _ in ends]
+    for i in range(1, len(at)): at[i] = max(at[i], at[i - 1] + gap)
+    for i, (_, m) in enumerate(ends):
+        y = min(at[i], 1 - gap*(len(at) - 1 - i)) # the upper ones stay beside the axes
+        ax.annotate(display_name('method', m), (1.02, y), xycoords='axes fraction', color=PALETTE.get(m, 'black'),
+                    va='center', annotation_clip=False)
+
+def _of_levels(df, levels, methods, metrics, reference): # the rows to draw; raises ValueError for missing and ambiguous ones
+    df, methods = tidy(df), [m for m in methods if m != reference]
+    needed = dict(metric=metrics, variant=levels, method=[*methods, *([] if reference is None else [reference])])
+    for column, keys in needed.items():
+        for k in keys: choose(column, k, list(df[column].unique()))
+    df = df[df.metric.isin(metrics) & (df.method.isin(methods) & df.variant.isin(levels) | (df.method == reference))]
+    once = df.assign(variant=df.variant.where(df.method != reference, ''))
+    if once.duplicated(['backbone', 'method', 'variant', 'metric', 'seed']).any():
+        raise ValueError('more than one number for a level and a seed: give one dataset, and one variant of the reference')
+    return df
+
+def _along(df, variants, confidence): # means and half-widths (0 for one seed), NaN where there is no value
+    values = [df.value[(df.variant == v) & df.value.notna()] for v in variants]
+    mean, half = np.array([interval(v, confidence)[:2] if len(v) else (np.nan, np.nan) for v in values]).T
+    return mean, np.nan_to_num(half)
+
+def _draw_levels(ax, df, variants, x, methods, reference, confidence): # one panel; (height, method) of each line's end
+    ends = []; g = df[df.method == reference]
+    if g.value.notna().any():
+        (mean,), (half,) = _along(g, g.variant.unique(), confidence); ends.append((mean, reference))
+        style = dict(color=PALETTE.get(reference, 'black'))
+        ax.axhline(mean, lw=1.2, ls='--', **style); ax.axhspan(mean - half, mean + half, alpha=.12, lw=0, **style)
+    for m, shift in zip(methods, .015*(np.ptp(x) or 1)*(np.arange(len(methods)) - (len(methods) - 1)/2)):
+        mean, half = _along(df[df.method == m], variants, confidence)
+        if not (there := np.isfinite(mean)).any(): continue
+        ax.errorbar(x + shift, mean, half, marker='o', ms=4, lw=1.8, elinewidth=1, color=PALETTE.get(m, 'black'))
+        ends.append((mean[there][-1], m))
+    if not ends: ax.text(.5, .5, '\n'.join(set(df.reason)), transform=ax.transAxes, ha='center', color='.5')
+    return ends
+
+# %% ../nbs/12_report.ipynb #b9f3604f
+def plot_levels(
+    df: pd.DataFrame, # a tidy table of one dataset whose `variant` names the level
+    levels: dict, # variant → number on the horizontal axis, or label there (str): labels stand at equal distances
+    methods: list[str], # the lines
+    metrics: list[str] = ('accuracy', 'miou'), # one row of panels each; a column is a backbone
+    reference: str|None = None, # a method that the level does not concern: its rows have one variant, whichever
+    xlabel: str = '', # what the level is
+    unit: str = '', # follows each number or label, such as ' %'
+    chance: float|None = None, # accuracy of guessing, a dotted line
+    confidence: float = .95, # of the intervals
+) -> plt.Figure: # panels of a row share their scale
+    "Methods along a level: mean and interval over seeds; raises `ValueError` for what the table lacks or has twice."
+    df, methods = _of_levels(df, levels, methods, metrics, reference), [m for m in methods if m != reference]
+    words = any(isinstance(x, str) for x in levels.values())
+    x = np.arange(len(levels)) if words else np.array([*levels.values()], float)
+    backbones = sorted(set(df.backbone), key=lambda b: rank('backbone', b))
+    fig = figure(1 + 2.9*len(backbones), 2.4*len(metrics), layout='constrained')
+    axes = fig.subplots(len(metrics), len(backbones), squeeze=False, sharex=True, sharey='row')
+    for line, metric in zip(axes, metrics):
+        rows = df[df.metric == metric]
+        ends = [_draw_levels(ax, rows[rows.backbone == b], levels, x, methods, reference, confidence)
+                for ax, b in zip(line, backbones)]
+        line[0].set_ylim(None if rows.value.min() < 0 else 0, 1 if metric == 'accuracy' else None) # when all panels are drawn
+        line[0].set_ylabel(', '.join(filter(None, [display_name('metric', metric), *rows.split.unique()])))
+        for ax, e in zip(line, ends):
+            _name_ends(ax, e)
+            if chance is None or metric != 'accuracy': continue
+            ax.axhline(chance, color='.6', lw=.8, ls=':')
+            ax.annotate('chance', (x[0], chance), (0, 2), textcoords='offset points', color='.5', fontsize=7)
+    for ax, b in zip(axes[0], backbones): ax.set_title(display_name('backbone', b))
+    for ax in axes[-1]: ax.set_xlabel(xlabel); ax.set_xticks(x, [f'{v}{unit}' if words else f'{v:g}{unit}' for v in levels.values()])
     return fig
 
 # %% ../nbs/12_report.ipynb #001c12ac
