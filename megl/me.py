@@ -239,6 +239,9 @@ def _rows(kept, images, folders, kind): # rows of `build_rows` for the selected 
         yield dict(id=Path(name).stem, name=name, image=_picture(images, name, folders), label=label, rationales=texts,
                    map=maps or None, group=name, questions=[i.id for i in items])
 
+def _chosen(classes, top): # how the classes came about, for dataset.json, which lists them
+    return f'classes=top{top}' if classes is None else 'classes=shipped' if classes is OBJECT_CLASSES else 'classes=given'
+
 def _build(selection, found, lost, images, out, folders, where, skip_broken, options, absent, licence, source, name):
     "From the selection to the report."
     kind, options = choose('rationales', options['rationales'], RATIONALES), dict(options)
@@ -269,7 +272,7 @@ def build_object_me(
     options = dict(rationales=rationales, min_count=min_count, annotated=annotated, seed=seed)
     about = dict(absent=_absent(folder, VQA_FORMS, visual),
                  licence='photographs: each its own, see COCO; explanations: VQA-X, not stated; VQA v2: its terms',
-                 source='VQA-X (arXiv 1802.08129), VQA v2, COCO 2014', name='build_object_me')
+                 source='VQA-X (arXiv 1802.08129), VQA v2, COCO 2014', name=f'build_object_me {_chosen(classes, top)}')
     folders = 'train2014', 'val2014', 'Images/train2014', 'Images/val2014'
     chosen = select_objects(items, classes, top)
     return _build(chosen, len(items), lost, images, out, folders, where, skip_broken, options, **about)
@@ -330,7 +333,7 @@ def build_action_me(
     options = dict(rationales=rationales, min_count=min_count, annotated=annotated, seed=seed)
     about = dict(absent=_absent(folder, ACT_FORMS, visual),
                  licence='pictures: MPII Human Pose, research only; explanations: ACT-X, not stated',
-                 source='ACT-X (arXiv 1802.08129), MPII Human Pose', name='build_action_me')
+                 source='ACT-X (arXiv 1802.08129), MPII Human Pose', name=f'build_action_me {_chosen(classes, top)}')
     chosen = select_actions(items, classes, top, min_count)
     return _build(chosen, len(items), lost, images, out, ('images',), where, skip_broken, options, **about)
 
