@@ -160,10 +160,11 @@ def test_sharded_layers_learn_as_whole_ones(tmp_path):
 
 # One run, started by a launcher; one of its processes killed
 
-def launch(out):
-    "`megl train` by two processes: without --multi_gpu, accelerate starts one process on a CPU, whatever --num_processes says."
-    return ('accelerate-launch', '--multi_gpu', '--num_processes', 2, '--num_machines', 1, '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', 0,
-            '-m', 'megl.train', 'toy-object', '--method', 'megl', '--backbone', 'vit_tiny', '--epochs', 3, '--device', 'cpu', '--out-dir', out)
+WHOLE = '--multi_gpu', '--num_processes', 2, '--num_machines', 1, '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', 0
+SPREAD = '--config_file', 'nbs/params/accelerate_fsdp.yaml', '--num_processes', 2
+
+def launch(out, how=WHOLE, method='megl', epochs=3):
+    return ('accelerate-launch', *how, '-m', 'megl.train', 'toy-object', '--method', method, '--backbone', 'vit_tiny', '--epochs', epochs, '--device', 'cpu', '--out-dir', out)
 
 def results(out):
     folder, = (p.parent for p in out.glob('runs/*/run.json'))
@@ -181,6 +182,15 @@ def test_accelerate_launch_gives_a_finished_run(whole):
     assert len(weights) > 1 and predictions.rationale.notna().all() and len(pd.read_csv(folder/'history.csv')) == 3
     assert json.loads((folder/'run.json').read_text())['run']['train']['lambda_t'] == 1
     assert 'reused' in call(*launch(out)) # and nothing hangs
+
+def test_a_sharded_launch_predicts_as_a_plain_one(whole, tmp_path):
+    call(*launch(tmp_path, SPREAD)); (_, plain, _), (_, sharded, _) = results(whole[0]), results(tmp_path)
+    assert plain[['id', 'predicted', 'rationale']].equals(sharded[['id', 'predicted', 'rationale']])
+    assert differ(plain.probabilities.map(list).tolist(), sharded.probabilities.map(list).tolist()) < 1e-3 # as stored, in half precision
+
+def test_a_sharded_language_model_answers_by_all_processes(tmp_path):
+    call(*launch(tmp_path, SPREAD, method='finetune-cot', epochs=1)); p = pd.read_parquet(next(tmp_path.glob('runs/*/predictions.parquet'))) # hangs where one process answers alone
+    assert len(p) == 16 and p.answer.notna().all() and p.rationale.notna().all()
 
 def test_a_killed_process_ends_the_launch_and_the_next_continues(whole, tmp_path):
     launcher = start(*launch(tmp_path))
