@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'TUNED', 'PRESETS', 'CODE', 'SAMPLE_SCORES', 'REPRODUCE', 'ABLATIONS', 'Method', 'backbones_of', 'Preset',
-           'Run', 'make_run', 'base_llava', 'build_model', 'write_predictions', 'read_predictions', 'run_folder',
-           'stored_predictions', 'predictions_file', 'load_predictions', 'metrics_of', 'execute', 'execute_all',
-           'result_rows', 'sample_scores', 'check_injected', 'Experiment', 'experiments', 'run_notebook', 'parser',
-           'main']
+           'Run', 'make_run', 'base_classifier', 'base_llava', 'build_model', 'write_predictions', 'read_predictions',
+           'run_folder', 'stored_predictions', 'predictions_file', 'load_predictions', 'metrics_of', 'execute',
+           'execute_all', 'result_rows', 'sample_scores', 'check_injected', 'Experiment', 'experiments', 'run_notebook',
+           'parser', 'main']
 
 # %% ../nbs/13_run.ipynb #21b82eae
 import argparse, ast, json, os, shutil, sys, time
@@ -29,7 +29,7 @@ from .data import load_dataset
 from .get import add_data_commands
 from .metrics import VISUAL_SCORES, classification_metrics, iou_scores, missing_scores, text_metrics, visual_metrics
 from .report import tidy
-from .train import PretrainConfig, TrainConfig, annotations_of, fit, maps_of, predict_dataset, pretrain_llava, sharding
+from .train import PretrainConfig, TrainConfig, annotations_of, decoder_layers, fit, maps_of, predict_dataset, pretrain_classifier, pretrain_llava, sharding
 
 # %% ../nbs/13_run.ipynb #98bf376d
 class Method(NamedTuple):
@@ -62,10 +62,10 @@ class Preset:
     "How large a run is."
     name: str
     train: TrainConfig
-    pretrain: PretrainConfig|None = None # of the small LLaVA; None where `base` is given
+    pretrain: PretrainConfig|None = None # of the small LLaVA and the small classifiers
     base: str|dict = '' # a LLaVA checkpoint: hub id or folder; or its `vision` and `llm` (see `RationaleGenerator.from_parts`)
     generator: tuple = () # further arguments of `RationaleGenerator.from_pretrained`, as pairs
-    weights: str = '' # of the classifiers: torchvision's by name; '' trains from scratch
+    weights: str = '' # of the classifiers: torchvision's by name; 'captions': pre-trained here (see `pretrain_classifier`); '' trains from scratch
     backbones: tuple = ('resnet_tiny', 'vit_tiny')
     llava: tuple = () # overrides of `small_llava_config`, as pairs
     lora: tuple = (('r', 8), ('lora_alpha', 16), ('lora_dropout', 0.)) # of `lora_config`, as pairs
@@ -95,9 +95,9 @@ TUNED = { # by 41_tuning
     ('vit_tiny', 'megl'): dict(lr=0.001, lambda_v=0.3, lambda_t=0.3),
 }
 PRESETS = {p.name: p for p in (
-    Preset('smoke', TrainConfig(epochs=1, batch_size=16, lr=1e-3, lr_generator=1e-3), PretrainConfig(tower_steps=4, steps=4, batch_size=16),
+    Preset('smoke', TrainConfig(epochs=1, batch_size=16, lr=1e-3, lr_generator=1e-3), PretrainConfig(tower_steps=4, steps=4, classifier_steps=4, batch_size=16), weights='captions',
            limit=(('train', 48), ('val', 16), ('test', 16), ('pretrain', 48))),
-    Preset('demo', TrainConfig(epochs=8, lr=2e-3, lr_generator=1e-3), PretrainConfig(), tuned=TUNED),
+    Preset('demo', TrainConfig(epochs=5, lr=2e-3, lr_generator=4e-3), PretrainConfig(), weights='captions', tuned=TUNED),
     Preset('photos', TrainConfig(epochs=10, batch_size=8, lr=1e-4, lr_generator=5e-4), base=dict(vision='openai/clip-vit-base-patch32', llm='HuggingFaceTB/SmolLM2-135M-Instruct'),
            weights='IMAGENET1K_V1', backbones=('resnet18',), lora=(('r', 16), ('lora_alpha', 32), ('lora_dropout', .05))),
     Preset('paper', TrainConfig(epochs=10, batch_size=8, accumulate=4, lr=1e-4, lr_generator=5e-5, precision='bf16', workers=4, eval_batch=8), base='llava-hf/llava-1.5-7b-hf', weights='IMAGENET1K_V1',
@@ -117,7 +117,7 @@ class Run:
     preset: str
     train: TrainConfig
     limit: tuple
-    pretrain: PretrainConfig|None # None where no language model takes part, or where `base` is given
+    pretrain: PretrainConfig|None # None where nothing is pre-trained here
     base: str|dict
     generator: tuple
     weights: str
@@ -144,7 +144,7 @@ def make_run(
     epochs: int = 0, # 0: the preset's
     device: str = 'auto', # where it is to run
     base: str = '', # a LLaVA checkpoint, or a vision tower and a language model with a comma between; hub ids or folders; '': the preset's
-    weights: str = '', # of the classifier: torchvision's by name, or a state dict's path; '': the preset's
+    weights: str = '', # of the classifier: torchvision's by name, a state dict's path, or 'captions'; '': the preset's
     **overrides # of TrainConfig: for instance lambda_v=.3
 ) -> Run:
     "Resolve names and preset into a run. Raises `ValueError` listing the valid names."
@@ -153,9 +153,11 @@ def make_run(
     terms = dict(lambda_t=float(chosen.pop('lambda_t', 1.)*on.text), lambda_v=float(chosen.pop('lambda_v', 1.)*on.visual))
     dc = chosen.pop('lambda_dc', None if on.consistency else 0.)
     train = replace(p.train, seed=seed, visual=on.form, lambda_dc=dc if dc is None else float(dc), **terms, **(dict(epochs=epochs) if epochs else {}) | chosen)
-    made, base = (None, _base(base)) if base else (p.pretrain, p.base)
-    made, base, generator, llava, lora = (made, base, p.generator, p.llava, p.lora) if train.lambda_t else (None, '', (), (), ())
-    return Run(str(dataset), backbone, method, seed, preset, train, p.limit, made, base, generator, '' if on.mllm else weights or p.weights, llava, lora,
+    weights, base = '' if on.mllm else weights or p.weights, _base(base) if base else p.base
+    if weights == 'captions' and not p.pretrain: raise ValueError(f"weights 'captions': preset {preset} has no pre-training: name torchvision's weights, or a file")
+    base, generator, llava, lora = (base, p.generator, p.llava, p.lora) if train.lambda_t else ('', (), (), ())
+    made = p.pretrain if weights == 'captions' or train.lambda_t and not base else None
+    return Run(str(dataset), backbone, method, seed, preset, train, p.limit, made, base, generator, weights, llava, lora,
                _fingerprint(_open(dataset)), code_hash(CODE + ('mllm',)*bool(on.mllm)), get_device(device).type)
 
 def _base(text): # as Preset.base has it
@@ -179,12 +181,25 @@ def _split(run, split): # as far as the preset's limit goes
     if _fingerprint(ds) != run.fingerprint: raise ValueError(f'{ds.root}: the data changed after this run was defined: start again')
     return ds if n is None or n >= len(ds) else ds.subset(range(n))
 
+def _scenes(run): # to pre-train on, and what they are known by
+    scenes = _split(run, 'pretrain' if any(r['split'] == 'pretrain' for r in _open(run.dataset).records) else 'train')
+    return scenes, [[r.get('sha256'), r['file_name'], r['rationales']] for r in scenes.records]
+
+def base_classifier(run: Run, out: Path|str, device='auto') -> Path|str: # a state dict's path, or the name that the preset gives; '' for none
+    "The weights that a run's classifier starts from. Those of a small one are pre-trained once for all runs that need the same."
+    if run.weights != 'captions': return run.weights
+    scenes, known = _scenes(run); key = stable_hash([run.backbone, run.pretrain, known, code_hash(('core', 'data', 'classifiers', 'train'))])
+    file = Path(out).resolve()/'runs'/f'base-{key}.pt'; file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{file}.lock'):
+        if not file.exists(): pretrain_classifier(run.backbone, scenes, run.pretrain, file, device, progress=False)
+    return file
+
 def base_llava(run: Run, out: Path|str, device='auto') -> Path|str: # the checkpoint's folder, or the id that the preset names
     "The LLaVA that a run adapts. The small one is pre-trained once for all runs that need the same."
     if run.base: return run.base
-    has = any(r['split'] == 'pretrain' for r in _open(run.dataset).records); scenes = _split(run, 'pretrain' if has else 'train')
+    scenes, known = _scenes(run)
     texts = [t for r in _split(run, 'train').records for t in r['rationales']] # worlds that differ in maps alone share their LLaVA
-    key = stable_hash([run.pretrain, run.llava, [[r.get('sha256'), r['file_name'], r['rationales']] for r in scenes.records], texts, code_hash(('core', 'data', 'rationale', 'train'))])
+    key = stable_hash([run.pretrain, run.llava, known, texts, code_hash(('core', 'data', 'rationale', 'train'))])
     folder = Path(out).resolve()/'runs'/f'base-{key}'; folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{folder}.lock'):
         if not (folder/'pretrain.json').exists():
@@ -199,8 +214,7 @@ def _must_fit(run, generator, classifier, available): # GB; an honest estimate b
     from megl.rationale import memory_advice, memory_estimate
     needed = memory_estimate(generator, classifier, run.train.batch_size, half=run.train.precision != 'no', generated=run.train.eval_batch*bool(generator))
     if (world := _sharded(run)) > 1:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-        layers = [m for m in generator.model.model.language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        layers = decoder_layers(generator.model.model.language_model)
         sizes = [sum(p.numel()*p.element_size() for p in m.parameters() if not p.requires_grad)/1e9 for m in layers]
         needed['total'] -= max(0., sum(sizes)*(1 - 1/world) - 2*max(sizes)) # elsewhere; one layer computes while the next is gathered
     if advice := memory_advice(needed, available): raise ValueError(f'{run}: {advice}')
@@ -212,9 +226,10 @@ def _must_compute(run, supported): # bfloat16 where it is asked for
 def build_model(run: Run, out: Path, classes: list, device='auto'):
     "The run's model before training: MEGL, or MLLM."
     from megl.model import MEGL
-    base = base_llava(run, out, device) if run.train.lambda_t else None # before seeding: it draws numbers itself
+    base = base_llava(run, out, device) if run.train.lambda_t else None # before seeding: they draw numbers themselves
+    weights = base_classifier(run, out, device)
     set_seed(run.seed); mode, generator = METHODS[run.method].mllm, None
-    classifier = None if mode else create_classifier(run.backbone, len(classes), run.weights or None)
+    classifier = None if mode else create_classifier(run.backbone, len(classes), weights or None)
     if base:
         from megl.rationale import RationaleGenerator, lora_config
         more = dict(run.generator); more |= dict(dtype=getattr(torch, more['dtype'])) if 'dtype' in more else {}
@@ -346,9 +361,9 @@ def execute(
 # %% ../nbs/13_run.ipynb #84a2d3d5
 _KEEP_MEMORY = dict(MALLOC_MMAP_THRESHOLD_=str(2**25), MALLOC_TRIM_THRESHOLD_=str(2**32)) # glibc's, of processes that are started from here
 
-def _prepare(run, out, device): # the shared part of a run, so that no process waits for another's pre-training
+def _prepare(base, run, out, device): # a shared part of runs, so that no process waits for another's pre-training
     if get_device(device).type == 'cpu': torch.set_num_threads(1)
-    base_llava(run, out, device)
+    base(run, out, device)
 
 def execute_all(
     runs: list, # of `Run`
@@ -368,8 +383,11 @@ def execute_all(
     now = getattr(get_active_backend()[0], 'supports_return_generator', False) # else lines come at the end
     os.environ.update({k: os.environ.get(k, v) for k, v in _KEEP_MEMORY.items()})
     parallel = Parallel(n_jobs=jobs, return_as='generator_unordered' if now else 'list')
-    bases = list({(r.dataset, stable_hash([r.pretrain, r.llava, r.limit])): r for r in todo if r.pretrain}.values())
-    if bases: print(f'pre-training (or finding) {len(bases)} small LLaVA …', flush=True); list(parallel(delayed(_prepare)(r, out, device) for r in bases))
+    llavas = {(r.dataset, stable_hash([r.pretrain, r.llava, r.limit])): (base_llava, r) for r in todo if r.train.lambda_t and not r.base}
+    starts = {(r.dataset, r.backbone, stable_hash([r.pretrain, r.limit])): (base_classifier, r) for r in todo if r.weights == 'captions'}
+    if bases := [*llavas.values(), *starts.values()]: # the long ones first
+        print(f'pre-training (or finding) {len(llavas)} small LLaVA and {len(starts)} small classifiers …', flush=True)
+        list(parallel(delayed(_prepare)(make, r, out, device) for make, r in bases))
     order = sorted(todo, key=lambda r: -bool(r.train.lambda_t)) # the long ones first
     for i, line in enumerate(parallel(delayed(execute)(r, out, device, force) for r in order), 1):
         print(f'[{i}/{len(todo)}] {line} · {time.time()-began:.0f} s so far', flush=True)

@@ -24,8 +24,8 @@ class ToyConfig:
     val: int = 400
     test: int = 800
     pretrain: int = 2400
-    rho: float = 0.7          # P(the context is the class's own) in training; else, and in the other splits, it is drawn uniformly
-    context: float = 0.25     # strength of the background texture, 0–1
+    rho: float = 0.9          # P(the context is the class's own) in training; else, and in the other splits, it is drawn uniformly
+    context: float = 0.5      # strength of the background texture, 0–1
     annotated: float = 0.09   # share of training scenes that carry maps; validation and test scenes all do
     centre: float = 6.0       # standard deviation of the thing's position about the centre, pixels
     radius: tuple = (8., 11.) # the thing's size, pixels
@@ -148,8 +148,8 @@ def draw_scene(
     "Draw one scene."
     rng = np.random.default_rng([config.seed, zlib.crc32(name.encode()), SPLITS.index(split), index])
     names = classes(name); k = index % len(names); label = names[k]
-    agree = split == 'train' and rng.random() < config.rho
-    ground, companion = ([*GROUNDS][k], [*COMPANIONS][k]) if agree else (rng.choice([*GROUNDS]), rng.choice([*COMPANIONS]))
+    agree = rng.random() < config.rho and split == 'train'; chance = rng.choice([*GROUNDS]), rng.choice([*COMPANIONS])
+    ground, companion = ([*GROUNDS][k], [*COMPANIONS][k]) if agree else chance # worlds that differ in ρ differ in nothing else
     r = rng.uniform(*config.radius); at = np.clip(rng.normal(SIZE/2, config.centre, 2), 1.4*r, SIZE-1.4*r)
     if name == 'toy-object': phrase, body, part = OBJECTS[label]; rest, evidence = body(r), part(r)
     else: pose, phrase, part = ACTIONS[label]; rest, evidence = POSES[pose](r), part(r); phrase = f'{pose} and {phrase}'

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'param_groups', 'lr_scale', 'EpochBatches', 'predict_dataset', 'maps_of', 'annotations_of',
-           'trained_state', 'save_checkpoint', 'load_checkpoint', 'sharding', 'shard_frozen', 'term_shares', 'fit',
-           'PretrainConfig', 'random_maps', 'bags_of_words', 'pretrain_llava']
+           'trained_state', 'save_checkpoint', 'load_checkpoint', 'sharding', 'decoder_layers', 'shard_frozen',
+           'term_shares', 'fit', 'PretrainConfig', 'random_maps', 'bags_of_words', 'pretrain_llava',
+           'pretrain_classifier']
 
 # %% ../nbs/10_train.ipynb #b00c2cd3
 import math, os, sys, time
@@ -145,6 +146,11 @@ def sharding() -> bool:
     if os.environ.pop('ACCELERATE_USE_FSDP', '').lower() == 'true': os.environ['MEGL_SHARD'] = '1'
     return os.environ.get('MEGL_SHARD') == '1'
 
+def decoder_layers(language_model) -> list: # of modules
+    "The layers that transformers checkpoints, one by one."
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    return [m for m in language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
 def shard_frozen(
     model, # MEGL or MLLM, its language model under an adapter; the same in every process
     device: torch.device, # of this process
@@ -152,11 +158,10 @@ def shard_frozen(
     "Spread the frozen layers of the language model over the processes; everything else goes to the device whole."
     import inspect
     from torch.distributed.fsdp import FSDPModule, fully_shard
-    from transformers.modeling_layers import GradientCheckpointingLayer
     if 'ignored_params' not in inspect.signature(fully_shard).parameters: raise RuntimeError(f'sharding needs torch 2.7 or newer, this is {torch.__version__}')
     if model.generator.base is None: raise ValueError('a base model without a name cannot be saved from its shards: save it, and load it from there')
     lm = model.generator.model.model.language_model
-    layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)]; inside = {p for m in layers for p in m.parameters()}
+    layers = decoder_layers(lm); inside = {p for m in layers for p in m.parameters()}
     if not layers: raise ValueError(f'{type(lm).__name__}: its layers are not known to transformers as such, so they cannot be sharded')
     keep = {p for p in model.parameters() if p.requires_grad or p not in inside}
     if not isinstance(lm, FSDPModule):
@@ -307,9 +312,10 @@ def _line(r, config):
 # %% ../nbs/10_train.ipynb #59bd2766
 @dataclass(frozen=True)
 class PretrainConfig:
-    "The small LLaVA's pre-training."
-    tower_steps: int = 3000
-    steps: int = 500
+    "How the small LLaVA, and the small classifiers, are pre-trained."
+    tower_steps: int = 3000 # of LLaVA's tower, on words
+    steps: int = 500 # of the whole LLaVA, on captions
+    classifier_steps: int = 1000 # of a classifier, on words
     batch_size: int = 32
     lr: float = 2e-3
     vocab_size: int = 700
@@ -350,33 +356,35 @@ def pretrain_llava(
     from megl.rationale import RationaleGenerator
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar() # of writing one small file
-    progress = sys.stderr.isatty() if progress is None else progress; device = get_device(device); set_seed(config.seed)
-    batch = collate([s for s in dataset.with_transform(eval_transform(config.image_size))]); n = len(dataset)
+    device = get_device(device); set_seed(config.seed)
+    batch = collate([s for s in dataset.with_transform(eval_transform(config.image_size))])
     g = RationaleGenerator.from_config([t for r in batch['rationales'] for t in r] + texts, 1, lora=False,
                                        llava=dict(image_size=config.image_size, **llava)).to(device)
     words, bags = bags_of_words([' '.join(r) for r in batch['rationales']]); tower = g.model.model.vision_tower
-    probe = torch.nn.Linear(tower.config.hidden_size, len(words)).to(device)
-    probe.bias.data = torch.logit(bags.mean(0).clamp(1e-3, 1-1e-3)).to(device)
+    probe = torch.nn.Linear(tower.config.hidden_size, len(words)).to(device); _start_at_frequency(probe, bags)
 
-    def words_loss(i, images):
-        seen = tower((images - g.pixel_mean)/g.pixel_std).last_hidden_state[:, 1:].mean(1)
-        return torch.nn.functional.binary_cross_entropy_with_logits(probe(seen), bags[i].to(device), reduction='sum')/len(i)
-    def text_loss(i, images):
-        v = torch.stack(tuple(g.model.get_image_features((images - g.pixel_mean)/g.pixel_std, return_dict=True).pooler_output))
+    def images(i): return (_shifted(_weighted(batch['images'][i], g.image_size)).to(device) - g.pixel_mean)/g.pixel_std
+    def words_loss(i): return _bag_loss(probe(tower(images(i)).last_hidden_state[:, 1:].mean(1)), bags[i])
+    def text_loss(i):
+        v = torch.stack(tuple(g.model.get_image_features(images(i), return_dict=True).pooler_output))
         return g.loss_of_tokens(v, [batch['rationales'][k][np.random.randint(len(batch['rationales'][k]))] for k in i.tolist()])
-    last = {}
-    for name, loss, params, steps in (('words', words_loss, [*tower.parameters(), *probe.parameters()], config.tower_steps),
-                                      ('text', text_loss, list(g.model.parameters()), config.steps)):
-        opt = torch.optim.AdamW(params, weight_decay=.02); recent = []
-        for step in tqdm(range(steps), desc=f'pre-training, {name}', leave=False, disable=not progress):
-            for p in opt.param_groups: p['lr'] = config.lr*lr_scale(step, steps, .1)
-            i = torch.randint(n, (config.batch_size,))
-            images = _shifted(_weighted(batch['images'][i], g.image_size)).to(device)
-            value = loss(i, images); check_finite({name: value.detach()}, step)
-            opt.zero_grad(); value.backward(); torch.nn.utils.clip_grad_norm_(params, 1.); opt.step(); recent.append(value.item())
-        last[name] = float(np.mean(recent[-50:])) if recent else None
+    last = dict(words=_steps('words', words_loss, [*tower.parameters(), *probe.parameters()], config.tower_steps, len(dataset), config, progress),
+                text=_steps('text', text_loss, list(g.model.parameters()), config.steps, len(dataset), config, progress))
     g.model.save_pretrained(folder); g.tokenizer.save_pretrained(folder)
     return last
+
+def _steps(name, loss, params, steps, n, config, progress): # the mean of the last 50 losses
+    opt, recent = torch.optim.AdamW(params, weight_decay=.02), []
+    for step in tqdm(range(steps), desc=f'pre-training, {name}', leave=False, disable=not (sys.stderr.isatty() if progress is None else progress)):
+        for p in opt.param_groups: p['lr'] = config.lr*lr_scale(step, steps, .1)
+        value = loss(torch.randint(n, (config.batch_size,))); check_finite({name: value.detach()}, step)
+        opt.zero_grad(); value.backward(); torch.nn.utils.clip_grad_norm_(params, 1.); opt.step(); recent.append(value.item())
+    return float(np.mean(recent[-50:])) if recent else None
+
+def _bag_loss(logits, bags): # nats per text
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits, bags.to(logits.device), reduction='sum')/len(bags)
+
+def _start_at_frequency(head, bags): head.bias.data = torch.logit(bags.mean(0).clamp(1e-3, 1-1e-3)).to(head.bias.device)
 
 def _weighted(images, size):
     from megl.rationale import weight_image
@@ -385,6 +393,30 @@ def _weighted(images, size):
 def _shifted(images, most=2): # one small random shift for the batch
     dy, dx = np.random.randint(-most, most+1, 2).tolist()
     return torch.roll(images, (dy, dx), (2, 3))
+
+# %% ../nbs/10_train.ipynb #c1a55pre
+def pretrain_classifier(
+    name: str, # of a classifier, see `create_classifier`
+    dataset, # Dataset: the `pretrain` split, or the training split where there is none
+    config: PretrainConfig,
+    file: Path|str, # the state dict is written here, without the head
+    device: str = 'auto',
+    progress: bool|None = None, # progress bar; None: in a terminal
+) -> float: # the last loss, nats per text
+    "Weights for a small classifier to start from, as a large one starts from ImageNet's."
+    from megl.classifiers import create_classifier
+    device = get_device(device); set_seed(config.seed)
+    words, bags = bags_of_words([' '.join(r['rationales']) for r in dataset.records])
+    model = create_classifier(name, len(words)).to(device); _start_at_frequency(model.head, bags)
+    images = torch.stack([s.image for s in dataset.with_transform(eval_transform(model.image_size))])
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (model.mean, model.std))
+    def loss(i): return _bag_loss(model((_shifted(images[i]).to(device) - mean)/std), bags[i])
+    last = _steps('words', loss, list(model.parameters()), config.classifier_steps, len(dataset), config, progress)
+    head = {id(p) for p in model.head.parameters()}; own = dict(model.named_parameters())
+    state = {k: v.cpu() for k, v in model.state_dict().items() if id(own.get(k)) not in head}
+    save_checkpoint(Path(file), **state)
+    return last
+
 
 # %% ../nbs/10_train.ipynb #eafb9a26
 if __name__ == '__main__' and '__file__' in globals(): # not in a notebook
