@@ -7,7 +7,7 @@ __all__ = ['THRESHOLDS', 'VISUAL_SCORES', 'PTB_JAR', 'METEOR_JAR', 'SPICE_JAR', 
            'classification_metrics', 'confusion', 'per_class', 'iou_scores', 'visual_scores', 'visual_metrics',
            'Faithfulness', 'baseline_images', 'insertion_deletion', 'rank_correlation', 'map_ssim',
            'randomization_cascade', 'randomization_check', 'java_command', 'ptb_tokenize', 'MeteorProcess',
-           'meteor_process', 'spice_scores', 'clip_score', 'missing_scores', 'text_metrics']
+           'meteor_process', 'spice_scores', 'clip_score', 'missing_scores', 'bleu4', 'text_metrics']
 
 # %% ../nbs/11_metrics.ipynb #92917b5b
 import copy, functools, json, math, os, shutil, subprocess, tempfile, threading
@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor import meteor
 from pycocoevalcap.rouge.rouge import Rouge
@@ -425,6 +426,20 @@ TEXT_SCORES = 'bleu1', 'bleu2', 'bleu3', 'bleu4', 'meteor', 'rouge_l', 'cider'
 
 OPTIONAL_SCORES = 'spice', 'clipscore' # see `missing_scores`
 
+def bleu4(
+    statistics: np.ndarray, # (..., 10) sums over samples: matched n-grams and all n-grams for n = 1…4, length, length of the nearest reference
+) -> np.ndarray: # (...)
+    "BLEU-4 of a set of texts from sums over them."
+    matched, all_, length, reference = statistics[..., :4], statistics[..., 4:8], statistics[..., 8], statistics[..., 9]
+    with np.errstate(divide='ignore', invalid='ignore'):
+        penalty = np.exp(np.minimum(0, 1 - reference/length)); score = np.prod(matched/all_, -1)**.25*penalty
+    return np.nan_to_num(score)
+
+def _bleu_statistics(hyps, refs): # (N, 10), of tokenized texts, by the package's own counting
+    scorer = BleuScorer(4)
+    for h, r in zip(hyps, refs): scorer += (h, r)
+    return np.array([[*c['correct'], *c['guess'], c['testlen'], min((abs(n - c['testlen']), n) for n in c['reflen'])[1]] for c in scorer.ctest], float)
+
 def _corpus(hyps, refs, stats, more): # (corpus scores, per-sample arrays) of tokenized texts
     gts, res = dict(enumerate(refs)), {i: [h] for i, h in enumerate(hyps)}
     bleu, _ = Bleu(4).compute_score(gts, res, verbose=0)
@@ -433,14 +448,14 @@ def _corpus(hyps, refs, stats, more): # (corpus scores, per-sample arrays) of to
     cider, ciders = Cider().compute_score(gts, res)
     scores = map(float, (*bleu, met, rouge, cider))
     means = {k: float(np.mean(more[k])) if k in more else math.nan for k in OPTIONAL_SCORES}
-    return dict(zip(TEXT_SCORES, scores)) | means, dict(meteor=mets, rouge_l=rouges, cider=ciders) | more
+    return dict(zip(TEXT_SCORES, scores)) | means, dict(bleu4=_bleu_statistics(hyps, refs), meteor=mets, rouge_l=rouges, cider=ciders) | more
 
 # %% ../nbs/11_metrics.ipynb #62fbeb22
 def text_metrics(
     hypotheses: list, # N generated texts; an empty string is a valid, bad answer
     references: list, # N lists of one or more reference texts
     correct=None, # (N,) bool: was the class predicted correctly? adds the filtered scores
-    per_sample: bool = False, # add (N,) arrays of the scores that are defined for one sample
+    per_sample: bool = False, # add (N,) arrays of the scores that are defined for one sample, and the (N, 10) sums of `bleu4`
     images=None, # N images (3,H,W), for CLIPScore
     spice: Path|str|None = None, # the folder of SPICE's jars; None: MEGL_SPICE
     clip: Path|str|None = None, # a CLIP checkpoint; None: MEGL_CLIP

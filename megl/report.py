@@ -6,9 +6,9 @@
 __all__ = ['COLUMNS', 'INTEGERS', 'TEXT', 'KEY', 'METRICS', 'TEXTUAL', 'METHOD_NAMES', 'BACKBONE_NAMES', 'DATASET_NAMES',
            'METRIC_NAMES', 'NAMES', 'COUNTERPARTS', 'PALETTE', 'RIGHT', 'WRONG', 'Metric', 'display_name', 'rank',
            'tidy', 'to_csv', 'read_table', 'Interval', 'interval', 'sign_flip_test', 'crossed_bootstrap', 'PairedTest',
-           'paired_test', 'holm', 'compare', 'wide', 'table_caption', 'to_markdown', 'show_table', 'tex', 'to_latex',
-           'write_frame', 'write_table', 'paper_table', 'beside_paper', 'theme', 'figure', 'save_figure', 'overlay',
-           'explanation_figure', 'plot_methods', 'plot_levels', 'plot_history']
+           'paired_test', 'BootstrapTest', 'bootstrap_test', 'holm', 'compare', 'wide', 'table_caption', 'to_markdown',
+           'show_table', 'tex', 'to_latex', 'write_frame', 'write_table', 'paper_table', 'beside_paper', 'theme',
+           'figure', 'save_figure', 'overlay', 'explanation_figure', 'plot_methods', 'plot_levels', 'plot_history']
 
 # %% ../nbs/12_report.ipynb #032409b6
 import io, itertools, re, textwrap
@@ -59,7 +59,7 @@ for k in TEXTUAL:
     METRICS[f'filtered_x_accuracy_{k}'] = Metric(f'{METRICS[k].name} (correct) × accuracy', 3, 1)
 
 METHOD_NAMES = {
-    'llava': 'LLaVA', 'finetune-cot': 'Fine-tune-CoT', 'plain': 'plain', 'cdep': 'CDEP (adapted)', 'haics': 'HAICS',
+    'llava': 'LLaVA', 'finetune-cot': 'Fine-tune-CoT', 'finetune-cot-class-first': 'Fine-tune-CoT, class first', 'plain': 'plain', 'cdep': 'CDEP (adapted)', 'haics': 'HAICS',
     'res-g': 'RES-G', 'res-l': 'RES-L', 'text': 'Text', 'visual': 'Visual', 'visual+text': 'Visual+Text',
     'megl': 'MEGL'}
 BACKBONE_NAMES = {'llava': 'LLaVA', 'resnet18': 'ResNet18', 'vit_b_16': 'ViT-B/16',
@@ -187,6 +187,10 @@ class PairedTest(NamedTuple):
     seeds: int
     images: int
 
+def _seeds_t(differences): # p of Student's t over the seeds' differences
+    d = np.asarray(differences)
+    return float(stats.ttest_1samp(d, 0).pvalue) if len(d) > 1 and d.std() > 1e-12 else float(len(d) < 2 or not d.any())
+
 def paired_test(
     a, # (S, N) scores of one method, seeds × images; (N,) for one seed
     b, # (S, N) scores of the other, same seeds, same images, same order
@@ -202,11 +206,43 @@ def paired_test(
     images, seeds = d.mean(0), d.mean(1)
     low, high = np.quantile(crossed_bootstrap(d, resamples, seed), [(1 - confidence)/2, (1 + confidence)/2])
     p_images, p_seeds = (sign_flip_test(x, resamples, seed) for x in (images, seeds))
-    p_t = float(stats.ttest_1samp(seeds, 0).pvalue) if len(seeds) > 1 and seeds.std() > 1e-12 else float(len(seeds) < 2 or not seeds.any())
+    p_t = _seeds_t(seeds)
     spread = images.std(ddof=1) if len(images) > 1 else 0.
     effect = float(images.mean()/spread) if spread > 1e-12 else np.nan
     return PairedTest(float(d.mean()), float(low), float(high), p_images, p_t, max(p_images, p_t), p_seeds,
                       2.**(1 - len(seeds)), effect, len(seeds), len(images))
+
+# %% ../nbs/12_report.ipynb #b0075a02
+class BootstrapTest(NamedTuple):
+    "A paired comparison of two methods by a score of sums over images."
+    difference: float # of the scores of all images, mean over seeds
+    low: float # its interval, from the crossed bootstrap
+    high: float
+    p_bootstrap: float # twice the share of draws on the other side of 0
+    p_t: float # Student's paired t over the seeds' differences; 1 for one seed
+    p: float # the larger of the two
+    seeds: int
+    images: int
+
+def bootstrap_test(
+    a, # (S, N, K) what one method's score is computed from, seeds × images × sums
+    b, # (S, N, K) the other's, same seeds, same images, same order
+    score, # callable: (..., K) sums over images → (...) scores
+    confidence: float = .95, # of the interval
+    resamples: int = 9999, # bootstrap draws
+    seed: int = 0, # of the draws
+) -> BootstrapTest: # difference, interval, p-values
+    "Compare two methods by a score of a whole set over the same seeds and images; raises `ValueError` where they do not pair."
+    a, b = (np.asarray(x, dtype=float) for x in (a, b))
+    if a.shape != b.shape or a.ndim != 3 or not a.size: raise ValueError(f'sums must pair as (seeds, images, K), got {a.shape} and {b.shape}')
+    (S, N, _), rng = a.shape, np.random.default_rng(seed)
+    seeds, drawn = score(a.sum(1)) - score(b.sum(1)), []
+    for size in [min(1000, resamples - k) for k in range(0, resamples, 1000)]:
+        images, runs = rng.multinomial(N, np.full(N, 1/N), size=size), rng.multinomial(max(1, S-1), np.full(S, 1/S), size=size)/max(1, S-1)
+        drawn.append(((score(images @ a) - score(images @ b)).T*runs).sum(1)) # images @ a: (S, size, K)
+    drawn = np.concatenate(drawn); low, high = np.quantile(drawn, [(1 - confidence)/2, (1 + confidence)/2])
+    p = min(1., 2*(1 + min((drawn <= 0).sum(), (drawn >= 0).sum()))/(resamples + 1)); p_t = _seeds_t(seeds)
+    return BootstrapTest(float(seeds.mean()), float(low), float(high), p, p_t, max(p, p_t), S, N)
 
 # %% ../nbs/12_report.ipynb #576f1800
 def holm(
@@ -220,11 +256,12 @@ def holm(
     return adjusted[np.argsort(order)]
 
 def compare(
-    pairs: list[dict], # one per comparison: scores a, b as in `paired_test`; other keys are labels and become columns
-    **options, # of `paired_test`
-) -> pd.DataFrame: # labels, the fields of `PairedTest`, and p_holm over all pairs
+    pairs: list[dict], # one per comparison: a, b as in the test; other keys are labels and become columns
+    test=paired_test, # or `bootstrap_test`
+    **options, # of the test
+) -> pd.DataFrame: # labels, the fields of the test, and p_holm over all pairs
     "Test a family of comparisons and correct them together."
-    df = pd.DataFrame([{**labels, **paired_test(a, b, **options)._asdict()} for labels, a, b in
+    df = pd.DataFrame([{**labels, **test(a, b, **options)._asdict()} for labels, a, b in
                        (({k: v for k, v in pair.items() if k not in 'ab'}, pair['a'], pair['b']) for pair in pairs)])
     return df.assign(p_holm=holm(df.p))
 
@@ -465,7 +502,7 @@ def beside_paper(
 
 # %% ../nbs/12_report.ipynb #70afc8f8
 PALETTE = {
-    'llava': '#9970AB', 'finetune-cot': '#762A83', 'plain': '#777777', 'cdep': '#E69F00', 'haics': '#006CD1',
+    'llava': '#9970AB', 'finetune-cot': '#762A83', 'finetune-cot-class-first': '#C2A5CF', 'plain': '#777777', 'cdep': '#E69F00', 'haics': '#006CD1',
     'res-g': '#5AAE61', 'res-l': '#1B7837', 'text': '#332288', 'visual': '#33BBEE', 'visual+text': '#661100',
     'megl': '#D55E00'}
 

@@ -6,8 +6,8 @@
 __all__ = ['METHODS', 'TUNED', 'PRESETS', 'CODE', 'SAMPLE_SCORES', 'REPRODUCE', 'ABLATIONS', 'Method', 'backbones_of', 'Preset',
            'Run', 'make_run', 'base_classifier', 'base_llava', 'build_model', 'write_predictions', 'read_predictions',
            'run_folder', 'stored_predictions', 'predictions_file', 'load_predictions', 'metrics_of', 'execute',
-           'execute_all', 'result_rows', 'sample_scores', 'check_injected', 'Experiment', 'experiments', 'run_notebook',
-           'parser', 'main']
+           'execute_all', 'result_rows', 'sample_scores', 'text_scores', 'check_injected', 'Experiment', 'experiments',
+           'run_notebook', 'parser', 'main']
 
 # %% ../nbs/13_run.ipynb #21b82eae
 import argparse, ast, json, os, shutil, sys, time
@@ -39,6 +39,7 @@ class Method(NamedTuple):
     consistency: int = 0
     form: str = 'l1' # of the visual term, see `megl.losses.VISUAL`
     mllm: str = '' # an MLLM's mode; '' is a classifier
+    order: str = 'rationale first' # of an MLLM's answer that holds both
 
 METHODS = {
     'plain': Method(),
@@ -47,6 +48,7 @@ METHODS = {
     'visual': Method(visual=1), 'text': Method(text=1), 'visual+text': Method(text=1, visual=1), # Table 4
     'megl': Method(text=1, visual=1, consistency=1),
     'llava': Method(text=1, mllm='answer'), 'finetune-cot': Method(text=1, mllm='cot'),
+    'finetune-cot-class-first': Method(text=1, mllm='cot', order='class first'),
 }
 
 def backbones_of(
@@ -239,7 +241,7 @@ def build_model(run: Run, out: Path, classes: list, device='auto'):
         _must_fit(run, generator, classifier, torch.cuda.get_device_properties(where).total_memory/1e9)
     if mode:
         from megl.mllm import MLLM
-        model = MLLM(generator, classes, mode=mode)
+        model = MLLM(generator, classes, mode=mode, order=METHODS[run.method].order)
     else: model = MEGL(classifier, generator, classes)
     return model if _sharded(run) > 1 else model.to(where) # a sharded one is moved by `fit`, layer by layer
 
@@ -413,18 +415,24 @@ def result_rows(
     return tidy([row(r, m) for r in runs for m in metrics])
 
 # %% ../nbs/13_run.ipynb #c5b32c9c
-SAMPLE_SCORES = 'accuracy', 'miou', 'meteor'
+SAMPLE_SCORES = 'accuracy', 'miou'
 
 def sample_scores(
     run: Run,
     predictions: pd.DataFrame, # its predictions
     metric: str, # one of SAMPLE_SCORES
 ) -> np.ndarray: # (n,), in the order of the test split; for mIoU the annotated samples only
-    "The scores of single samples that a headline metric is the mean of (METEOR: of the sentence)."
+    "The scores of single samples that a headline metric is the mean of."
     p, test = predictions, _split(run, 'test'); choose('metric of single samples', metric, SAMPLE_SCORES)
     if metric == 'accuracy': return (p.label == p.predicted).to_numpy(float)
-    if metric == 'meteor': return text_metrics(list(p.rationale), [r['rationales'] for r in test.records], per_sample=True)['per_sample']['meteor']
     iou = iou_scores(maps_of(p), annotations_of(test)); return iou[~np.isnan(iou)]
+
+def text_scores(
+    run: Run,
+    predictions: pd.DataFrame, # its predictions
+) -> dict: # metric → (n,) scores of single texts; bleu4 → (n, 10), see `megl.metrics.bleu4`
+    "What a test needs of texts, in the order of the test split."
+    return text_metrics(list(predictions.rationale), [r['rationales'] for r in _split(run, 'test').records], per_sample=True)['per_sample']
 
 # %% ../nbs/13_run.ipynb #3e353ac0
 def _assigned(source): return [t.id for n in ast.parse(source).body if isinstance(n, (ast.Assign, ast.AnnAssign))
@@ -497,9 +505,17 @@ class Experiment:
         return result_rows(runs, self.out, item, metrics, stored=self.from_predictions, **options)
 
     def scores(self, dataset, backbone, method, metric, **overrides) -> np.ndarray: # (seeds, images)
-        "What a paired test needs: each test sample's score, for 'accuracy', 'miou' (annotated samples) or 'meteor'."
+        "What a paired test needs: each test sample's score, for 'accuracy' or 'miou' (annotated samples)."
+        return np.stack([sample_scores(r, self.predictions(r), metric) for r in self._seeds_of(dataset, backbone, method, overrides)])
+
+    def texts(self, dataset, backbone, method, **overrides) -> dict: # metric → (seeds, images), bleu4 → (seeds, images, 10)
+        "The same for rationales, see `text_scores`."
+        each = [text_scores(r, self.predictions(r)) for r in self._seeds_of(dataset, backbone, method, overrides)]
+        return {k: np.stack([e[k] for e in each]) for k in each[0]}
+
+    def _seeds_of(self, dataset, backbone, method, overrides):
         backbone, = backbones_of(method, (backbone,))
-        return np.stack([sample_scores(r, self.predictions(r), metric) for r in (self.run(dataset, backbone, method, s, **overrides) for s in range(self.seeds))])
+        return [self.run(dataset, backbone, method, s, **overrides) for s in range(self.seeds)]
 
     def keep_predictions(self, runs) -> list: # files
         "Copy the predictions of published runs beside the results."
