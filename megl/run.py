@@ -99,7 +99,7 @@ TUNED = { # by 41_tuning
 PRESETS = {p.name: p for p in (
     Preset('smoke', TrainConfig(epochs=1, batch_size=16, lr=1e-3, lr_generator=1e-3), PretrainConfig(tower_steps=4, steps=4, classifier_steps=4, batch_size=16), weights='captions',
            limit=(('train', 48), ('val', 16), ('test', 16), ('pretrain', 48))),
-    Preset('demo', TrainConfig(epochs=5, lr=2e-3, lr_generator=4e-3), PretrainConfig(), weights='captions', tuned=TUNED),
+    Preset('demo', TrainConfig(epochs=5, lr=2e-3, lr_generator=1e-3), PretrainConfig(), weights='captions', tuned=TUNED),
     Preset('photos', TrainConfig(epochs=10, batch_size=8, lr=1e-4, lr_generator=5e-4), base=dict(vision='openai/clip-vit-base-patch32', llm='HuggingFaceTB/SmolLM2-135M-Instruct'),
            weights='IMAGENET1K_V1', backbones=('resnet18',), lora=(('r', 16), ('lora_alpha', 32), ('lora_dropout', .05))),
     Preset('paper', TrainConfig(epochs=10, batch_size=8, accumulate=4, lr=1e-4, lr_generator=5e-5, precision='bf16', workers=4, eval_batch=8), base='llava-hf/llava-1.5-7b-hf', weights='IMAGENET1K_V1',
@@ -155,6 +155,7 @@ def make_run(
     terms = dict(lambda_t=float(chosen.pop('lambda_t', 1.)*on.text), lambda_v=float(chosen.pop('lambda_v', 1.)*on.visual))
     dc = chosen.pop('lambda_dc', None if on.consistency else 0.)
     train = replace(p.train, seed=seed, visual=on.form, lambda_dc=dc if dc is None else float(dc), **terms, **(dict(epochs=epochs) if epochs else {}) | chosen)
+    if not train.lambda_t: train = replace(train, lr_generator=0.) # there is none
     weights, base = '' if on.mllm else weights or p.weights, _base(base) if base else p.base
     if weights == 'captions' and not p.pretrain: raise ValueError(f"weights 'captions': preset {preset} has no pre-training: name torchvision's weights, or a file")
     base, generator, llava, lora = (base, p.generator, p.llava, p.lora) if train.lambda_t else ('', (), (), ())
