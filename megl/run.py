@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'TUNED', 'PRESETS', 'CODE', 'SAMPLE_SCORES', 'REPRODUCE', 'ABLATIONS', 'Method', 'backbones_of', 'Preset',
-           'Run', 'make_run', 'base_classifier', 'base_llava', 'build_model', 'write_predictions', 'read_predictions',
-           'run_folder', 'stored_predictions', 'predictions_file', 'load_predictions', 'metrics_of', 'execute',
-           'execute_all', 'result_rows', 'sample_scores', 'text_scores', 'check_injected', 'Experiment', 'experiments',
-           'run_notebook', 'parser', 'main']
+           'Run', 'make_run', 'local_path', 'base_classifier', 'base_llava', 'build_model', 'write_predictions',
+           'read_predictions', 'run_folder', 'stored_predictions', 'predictions_file', 'load_predictions', 'metrics_of',
+           'execute', 'execute_all', 'result_rows', 'sample_scores', 'text_scores', 'check_injected', 'Experiment',
+           'experiments', 'run_notebook', 'parser', 'main']
 
 # %% ../nbs/13_run.ipynb #21b82eae
 import argparse, ast, json, os, shutil, sys, time
@@ -29,7 +29,7 @@ from .data import load_dataset
 from .get import add_data_commands
 from .metrics import VISUAL_SCORES, classification_metrics, iou_scores, missing_scores, text_metrics, visual_metrics
 from .report import tidy
-from .train import PretrainConfig, TrainConfig, annotations_of, decoder_layers, fit, maps_of, predict_dataset, pretrain_classifier, pretrain_llava, sharding
+from .train import PretrainConfig, TrainConfig, annotations_of, bags_of_words, decoder_layers, fit, maps_of, predict_dataset, pretrain_classifier, pretrain_llava, sharding
 
 # %% ../nbs/13_run.ipynb #98bf376d
 class Method(NamedTuple):
@@ -109,6 +109,11 @@ PRESETS = {p.name: p for p in (
 # %% ../nbs/13_run.ipynb #60aed331
 CODE = ('core', 'data', 'classifiers', 'saliency', 'losses', 'rationale', 'model', 'train') # what a run's numbers depend on; an MLLM's also on `mllm`
 
+def _content(where): # what tells one state of local weights from another; a checkpoint's files by size and time, as 14 GB are not hashed in passing
+    path = Path(where) if where else None
+    if path and path.is_file(): return sha256(path)
+    if path and path.is_dir(): return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(path.iterdir()) if f.is_file()]
+
 @dataclass(frozen=True)
 class Run:
     "One training run: everything that determines its numbers."
@@ -130,7 +135,9 @@ class Run:
     device: str # cpu, cuda, mps: each rounds in its own way
 
     @property
-    def id(self): return stable_hash({k: v for k, v in asdict(self).items() if k != 'dataset'})
+    def id(self):
+        local = {str(w): c for w in (self.weights, *(self.base.values() if isinstance(self.base, dict) else [self.base])) if (c := _content(w))}
+        return stable_hash({k: v for k, v in asdict(self).items() if k != 'dataset'} | ({'local': local} if local else {}))
     @property
     def key(self): return stable_hash({k: v for k, v in asdict(self).items() if k not in ('dataset', 'code', 'device')}) # what was asked for
     @property
@@ -146,25 +153,38 @@ def make_run(
     epochs: int = 0, # 0: the preset's
     device: str = 'auto', # where it is to run
     base: str = '', # a LLaVA checkpoint, or a vision tower and a language model with a comma between; hub ids or folders; '': the preset's
-    weights: str = '', # of the classifier: torchvision's by name, a state dict's path, or 'captions'; '': the preset's
+    weights: str = '', # of the classifier: torchvision's by name, a state dict's path, 'captions', or 'none'; or BACKBONE=… for each, with commas between; '': the preset's
     **overrides # of TrainConfig: for instance lambda_v=.3
 ) -> Run:
     "Resolve names and preset into a run. Raises `ValueError` listing the valid names."
     on = METHODS[choose('method', method, METHODS)]; choose('backbone', backbone, backbones_of(method, CLASSIFIERS))
-    p = PRESETS[choose('preset', preset, PRESETS)]; chosen = {**p.tuned.get((backbone, method), {}), **overrides}
+    p = PRESETS[choose('preset', preset, PRESETS)]; chosen = {**p.tuned.get((backbone, method.removesuffix('-class-first')), {}), **overrides}
     terms = dict(lambda_t=float(chosen.pop('lambda_t', 1.)*on.text), lambda_v=float(chosen.pop('lambda_v', 1.)*on.visual))
     dc = chosen.pop('lambda_dc', None if on.consistency else 0.)
     train = replace(p.train, seed=seed, visual=on.form, lambda_dc=dc if dc is None else float(dc), **terms, **(dict(epochs=epochs) if epochs else {}) | chosen)
     if not train.lambda_t: train = replace(train, lr_generator=0.) # there is none
-    weights, base = '' if on.mllm else weights or p.weights, _base(base) if base else p.base
+    weights, base = '' if on.mllm else _weights(weights, backbone, p.weights), _base(base) if base else p.base
     if weights == 'captions' and not p.pretrain: raise ValueError(f"weights 'captions': preset {preset} has no pre-training: name torchvision's weights, or a file")
     base, generator, llava, lora = (base, p.generator, p.llava, p.lora) if train.lambda_t else ('', (), (), ())
     made = p.pretrain if weights == 'captions' or train.lambda_t and not base else None
     return Run(str(dataset), backbone, method, seed, preset, train, p.limit, made, base, generator, weights, llava, lora,
                _fingerprint(_open(dataset)), code_hash(CODE + ('mllm',)*bool(on.mllm)), get_device(device).type)
 
+def local_path(
+    name: str, # a path, or a name
+) -> str: # the whole path of what lies here or at the project's root; else the name as it is
+    "Notebooks run in `nbs/`, commands anywhere: a relative path is meant from either place."
+    return next((str(p.resolve()) for p in (Path(name), project_root()/name) if name and p.exists()), name)
+
+def _weights(text, backbone, usual): # of one backbone
+    named = dict(t.strip().split('=', 1) for t in text.split(',')) if '=' in text and not Path(text).exists() else {backbone: text}
+    for b in named: choose('backbone', b, CLASSIFIERS)
+    usual = '' if usual == 'captions' and backbone not in ('resnet_tiny', 'vit_tiny') else usual # pre-training here is for the small ones
+    found = named.get(backbone) or usual
+    return {'none': '', 'captions': 'captions'}.get(found, local_path(found))
+
 def _base(text): # as Preset.base has it
-    parts = [t.strip() for t in text.split(',')]
+    parts = [local_path(t.strip()) for t in text.split(',')]
     if not all(parts) or len(parts) > 2: raise ValueError(f'base is a LLaVA checkpoint, or VISION,LLM, not {text!r}')
     return parts[0] if len(parts) == 1 else dict(zip(('vision', 'llm'), parts))
 
@@ -191,22 +211,29 @@ def _scenes(run): # to pre-train on, and what they are known by
 def base_classifier(run: Run, out: Path|str, device='auto') -> Path|str: # a state dict's path, or the name that the preset gives; '' for none
     "The weights that a run's classifier starts from. Those of a small one are pre-trained once for all runs that need the same."
     if run.weights != 'captions': return run.weights
-    scenes, known = _scenes(run); key = stable_hash([run.backbone, run.pretrain, known, code_hash(('core', 'data', 'classifiers', 'train'))])
-    file = Path(out).resolve()/'runs'/f'base-{key}.pt'; file.parent.mkdir(parents=True, exist_ok=True)
+    file = Path(out).resolve()/'runs'/f'base-{_classifier_key(run)}.pt'; file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{file}.lock'):
-        if not file.exists(): pretrain_classifier(run.backbone, scenes, run.pretrain, file, device, progress=False)
+        if not file.exists():
+            scenes, _ = _scenes(run)
+            if not bags_of_words([' '.join(r['rationales']) for r in scenes.records])[0]:
+                raise ValueError(f"{run}: the texts tell no picture from another, so no classifier can be pre-trained on them: give weights 'none', or a file")
+            pretrain_classifier(run.backbone, scenes, run.pretrain, file, device, progress=False)
     return file
+
+def _classifier_key(run): return stable_hash([run.backbone, run.pretrain, run.device, _scenes(run)[1], code_hash(('core', 'data', 'classifiers', 'train'))])
+
+def _llava_key(run):
+    texts = [t for r in _split(run, 'train').records for t in r['rationales']] # worlds that differ in maps or contexts alone share their LLaVA
+    return stable_hash([run.pretrain, run.llava, run.device, _scenes(run)[1], texts, code_hash(('core', 'data', 'rationale', 'train'))])
 
 def base_llava(run: Run, out: Path|str, device='auto') -> Path|str: # the checkpoint's folder, or the id that the preset names
     "The LLaVA that a run adapts. The small one is pre-trained once for all runs that need the same."
     if run.base: return run.base
-    scenes, known = _scenes(run)
-    texts = [t for r in _split(run, 'train').records for t in r['rationales']] # worlds that differ in maps alone share their LLaVA
-    key = stable_hash([run.pretrain, run.llava, known, texts, code_hash(('core', 'data', 'rationale', 'train'))])
-    folder = Path(out).resolve()/'runs'/f'base-{key}'; folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(out).resolve()/'runs'/f'base-{_llava_key(run)}'; folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{folder}.lock'):
         if not (folder/'pretrain.json').exists():
-            last = pretrain_llava(scenes, texts, run.pretrain, folder, device, progress=False, **dict(run.llava))
+            texts = [t for r in _split(run, 'train').records for t in r['rationales']]
+            last = pretrain_llava(_scenes(run)[0], texts, run.pretrain, folder, device, progress=False, **dict(run.llava))
             write_atomic(folder/'pretrain.json', json.dumps(dict(config=asdict(run.pretrain), dataset=run.dataset, loss=last), indent=1))
     return folder
 
@@ -305,7 +332,7 @@ def metrics_of(
 ) -> dict: # name → dict(value, n)
     "Classification, visual and text metrics of a run on the test split."
     file = predictions_file(run, out, stored, unfinished); p = read_predictions(file)
-    path = Path(out)/'runs'/'metrics'/f"{stable_hash([sha256(file), run.fingerprint, run.limit, sorted(missing_scores()), *(os.environ.get(k) for k in ('MEGL_CLIP', 'MEGL_SPICE')), code_hash(('metrics', 'mllm'))])}.json"
+    path = Path(out)/'runs'/'metrics'/f"{stable_hash([sha256(file), run.fingerprint, run.limit, sorted(missing_scores()), *(os.environ.get(k) for k in ('MEGL_CLIP', 'MEGL_SPICE')), code_hash(('metrics', 'mllm', 'data', 'train', 'run'))])}.json"
     if path.exists(): return json.loads(path.read_text())
     test = _split(run, 'test')
     if list(p.id) != [r['id'] for r in test.records]: raise ValueError(f'{run}: predictions are not of this test split: run again with force')
@@ -386,11 +413,12 @@ def execute_all(
     now = getattr(get_active_backend()[0], 'supports_return_generator', False) # else lines come at the end
     os.environ.update({k: os.environ.get(k, v) for k, v in _KEEP_MEMORY.items()})
     parallel = Parallel(n_jobs=jobs, return_as='generator_unordered' if now else 'list')
-    llavas = {(r.dataset, stable_hash([r.pretrain, r.llava, r.limit])): (base_llava, r) for r in todo if r.train.lambda_t and not r.base}
-    starts = {(r.dataset, r.backbone, stable_hash([r.pretrain, r.limit])): (base_classifier, r) for r in todo if r.weights == 'captions'}
-    if bases := [*llavas.values(), *starts.values()]: # the long ones first
+    llavas = {(r.dataset, stable_hash([r.pretrain, r.llava, r.limit])): r for r in todo if r.train.lambda_t and not r.base}
+    starts = {(r.dataset, r.backbone, stable_hash([r.pretrain, r.limit])): r for r in todo if r.weights == 'captions'}
+    llavas, starts = ({key(r): r for r in some.values()} for key, some in ((_llava_key, llavas), (_classifier_key, starts))) # datasets may share them
+    if llavas or starts:
         print(f'pre-training (or finding) {len(llavas)} small LLaVA and {len(starts)} small classifiers …', flush=True)
-        list(parallel(delayed(_prepare)(make, r, out, device) for make, r in bases))
+        list(parallel(delayed(_prepare)(make, r, out, device) for make, some in ((base_llava, llavas), (base_classifier, starts)) for r in some.values())) # the long ones first
     order = sorted(todo, key=lambda r: -bool(r.train.lambda_t)) # the long ones first
     for i, line in enumerate(parallel(delayed(execute)(r, out, device, force) for r in order), 1):
         print(f'[{i}/{len(todo)}] {line} · {time.time()-began:.0f} s so far', flush=True)
@@ -477,6 +505,8 @@ class Experiment:
         if not isinstance(self.seeds, int) or self.seeds < 1: raise ValueError(f'seeds is the number of seeds, 1 or more, not {self.seeds!r}')
         if not isinstance(self.epochs, int) or self.epochs < 0: raise ValueError(f"epochs is 0 (the preset's) or more, not {self.epochs!r}")
         get_device(self.device)
+        if Path(local_path(self.weights)).is_file() and len(self.config.backbones) > 1:
+            raise ValueError(f"one file of weights for {len(self.config.backbones)} backbones: say which is whose, {','.join(f'{b}=FILE' for b in self.config.backbones)}")
         self.out = project_root()/self.out_dir; self.out.mkdir(parents=True, exist_ok=True)
         for d in self.datasets: _open(d) # an unknown or broken dataset is refused before anything runs
 
@@ -585,7 +615,7 @@ def _run(a):
 
 def _train(a):
     _own_gpu(a.device)
-    run = make_run(a.dataset, *backbones_of(a.method, (a.backbone,)), a.method, a.seed, a.preset, a.epochs, a.device, a.base, a.weights)
+    run = make_run(a.dataset, *backbones_of(a.method, (a.backbone or PRESETS[a.preset].backbones[0],)), a.method, a.seed, a.preset, a.epochs, a.device, a.base, a.weights)
     done = execute(run, project_root()/a.out_dir, a.device, a.force)
     if int(os.environ.get('RANK', 0)) == 0: print(done, run_folder(run, project_root()/a.out_dir), sep='\n')
 
@@ -615,7 +645,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('-f', dest='file', help='a YAML file of parameters, such as nbs/params/paper.yaml'); p.add_argument('--from-predictions', action='store_true', help=kept)
     p.add_argument('--out-dir', default='results/runs/smoke', help='where results go (default results/runs/smoke; the committed results are in results)')
     p = add(sub, 'train', _train, 'One training run; under `accelerate launch -m megl.train` on several GPUs.')
-    p.add_argument('dataset'); p.add_argument('--backbone', default='resnet_tiny'); p.add_argument('--method', default='megl', choices=METHODS); p.add_argument('--seed', type=int, default=0)
+    p.add_argument('dataset'); p.add_argument('--backbone', default='', help="default: the preset's first"); p.add_argument('--method', default='megl', choices=METHODS); p.add_argument('--seed', type=int, default=0)
     p.add_argument('--preset', default='smoke', choices=PRESETS); p.add_argument('--epochs', type=int, default=0, help="0: the preset's"); p.add_argument('--device', default='auto')
     p.add_argument('--force', action='store_true', help='train again even if finished'); p.add_argument('--out-dir', default='results/runs/smoke')
     p.add_argument('--base', default='', help="LLaVA checkpoint, or VISION,LLM: hub ids or folders (default: the preset's)"); p.add_argument('--weights', default='', help="the classifier's: torchvision's by name, or a file (default: the preset's)")
