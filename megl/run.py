@@ -505,13 +505,14 @@ class Experiment:
         if not isinstance(self.seeds, int) or self.seeds < 1: raise ValueError(f'seeds is the number of seeds, 1 or more, not {self.seeds!r}')
         if not isinstance(self.epochs, int) or self.epochs < 0: raise ValueError(f"epochs is 0 (the preset's) or more, not {self.epochs!r}")
         get_device(self.device)
-        if Path(local_path(self.weights)).is_file() and len(self.config.backbones) > 1:
-            raise ValueError(f"one file of weights for {len(self.config.backbones)} backbones: say which is whose, {','.join(f'{b}=FILE' for b in self.config.backbones)}")
         self.out = project_root()/self.out_dir; self.out.mkdir(parents=True, exist_ok=True)
         for d in self.datasets: _open(d) # an unknown or broken dataset is refused before anything runs
 
     def runs(self, methods=None, backbones=None, datasets=None, **overrides) -> list:
         "The runs of all datasets, backbones, methods and seeds."
+        used = tuple(backbones or self.config.backbones)
+        if Path(local_path(self.weights)).is_file() and len(used) > 1:
+            raise ValueError(f"one file of weights for {len(used)} backbones: say which is whose, {','.join(f'{b}=FILE' for b in used)}")
         return [self.run(d, b, m, s, **overrides) for d in datasets or self.datasets for m in methods or self.method_list
                 for b in backbones_of(m, backbones or self.config.backbones) for s in range(self.seeds)]
 
