@@ -139,7 +139,9 @@ class Run:
         local = {str(w): c for w in (self.weights, *(self.base.values() if isinstance(self.base, dict) else [self.base])) if (c := _content(w))}
         return stable_hash({k: v for k, v in asdict(self).items() if k != 'dataset'} | ({'local': local} if local else {}))
     @property
-    def key(self): return stable_hash({k: v for k, v in asdict(self).items() if k not in ('dataset', 'code', 'device')}) # what was asked for
+    def key(self): # what was asked for; of local weights their name, so that predictions are found wherever these lie
+        base = {k: Path(v).name for k, v in self.base.items()} if isinstance(self.base, dict) else Path(self.base).name
+        return stable_hash({k: v for k, v in asdict(self).items() if k not in ('dataset', 'code', 'device')} | dict(base=base, weights=Path(self.weights).name))
     @property
     def name(self): return f'{Path(self.dataset).name}_{self.backbone}_{self.method}_{self.seed}_{self.key}'
     def __str__(self): return f'{Path(self.dataset).name} {self.backbone} {self.method} seed {self.seed}'
@@ -204,6 +206,8 @@ def _split(run, split): # as far as the preset's limit goes
     if _fingerprint(ds) != run.fingerprint: raise ValueError(f'{ds.root}: the data changed after this run was defined: start again')
     return ds if n is None or n >= len(ds) else ds.subset(range(n))
 
+def _texts(run): return [t for r in _split(run, 'train').records for t in r['rationales']] # worlds that differ in maps or contexts alone share them, and so their LLaVA
+
 def _scenes(run): # to pre-train on, and what they are known by
     scenes = _split(run, 'pretrain' if any(r['split'] == 'pretrain' for r in _open(run.dataset).records) else 'train')
     return scenes, [[r.get('sha256'), r['file_name'], r['rationales']] for r in scenes.records]
@@ -222,9 +226,7 @@ def base_classifier(run: Run, out: Path|str, device='auto') -> Path|str: # a sta
 
 def _classifier_key(run): return stable_hash([run.backbone, run.pretrain, run.device, _scenes(run)[1], code_hash(('core', 'data', 'classifiers', 'train'))])
 
-def _llava_key(run):
-    texts = [t for r in _split(run, 'train').records for t in r['rationales']] # worlds that differ in maps or contexts alone share their LLaVA
-    return stable_hash([run.pretrain, run.llava, run.device, _scenes(run)[1], texts, code_hash(('core', 'data', 'rationale', 'train'))])
+def _llava_key(run): return stable_hash([run.pretrain, run.llava, run.device, _scenes(run)[1], _texts(run), code_hash(('core', 'data', 'rationale', 'train'))])
 
 def base_llava(run: Run, out: Path|str, device='auto') -> Path|str: # the checkpoint's folder, or the id that the preset names
     "The LLaVA that a run adapts. The small one is pre-trained once for all runs that need the same."
@@ -232,8 +234,7 @@ def base_llava(run: Run, out: Path|str, device='auto') -> Path|str: # the checkp
     folder = Path(out).resolve()/'runs'/f'base-{_llava_key(run)}'; folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{folder}.lock'):
         if not (folder/'pretrain.json').exists():
-            texts = [t for r in _split(run, 'train').records for t in r['rationales']]
-            last = pretrain_llava(_scenes(run)[0], texts, run.pretrain, folder, device, progress=False, **dict(run.llava))
+            last = pretrain_llava(_scenes(run)[0], _texts(run), run.pretrain, folder, device, progress=False, **dict(run.llava))
             write_atomic(folder/'pretrain.json', json.dumps(dict(config=asdict(run.pretrain), dataset=run.dataset, loss=last), indent=1))
     return folder
 
