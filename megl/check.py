@@ -141,7 +141,7 @@ def _check_classes(classes, records, report): # what can be learnt and tested
     splits = {s: [r for r in records if r['split'] == s] for s in SPLITS}
     report.counts = {s: {k: n for k, n in c.items() if k != 'text'} for s, c in _counts(records).items()}
     for s in 'train', 'val', 'test':
-        if not splits[s]: (report.errors if s == 'train' else report.warnings)['split without samples'].append(s)
+        if not splits[s]: report.errors['split without samples'].append(s)
     count = {s: Counter(r['label'] for r in rs) for s, rs in splits.items()}
     for c in classes:
         used = [s for s in ('val', 'test') if count[s][c]]

@@ -43,8 +43,8 @@ METRICS = {
     'visual_explanations': Metric('Visual explanations', 0), 'classes': Metric('Classes', 0),
     'accuracy': Metric('Accuracy', 3, 1), 'precision': Metric('Precision', 3, 1), 'recall': Metric('Recall', 3, 1),
     'f1': Metric('F1', 3, 1), 'miou': Metric('mIoU', 3, 1), 'dead': Metric('Dead maps', 0, -1),
-    'pointing': Metric('Pointing game', 3, 1), 'energy': Metric('Energy inside', 3, 1), 'area': Metric('Area share'), 'defined': Metric('Defined maps', 0, 1),
-    'energy_gain': Metric('Energy − area', 3, 1), 'pixel_precision': Metric('Pixel precision', 3, 1), 'pixel_recall': Metric('Pixel recall', 3, 1),
+    'pointing': Metric('Pointing game', 3, 1), 'energy': Metric('Energy inside'), 'area': Metric('Area share'), 'defined': Metric('Defined maps', 0, 1),
+    'energy_gain': Metric('Energy − area'), 'pixel_precision': Metric('Pixel precision', 3, 1), 'pixel_recall': Metric('Pixel recall', 3, 1),
     'insertion': Metric('Insertion'), 'deletion': Metric('Deletion'), 'rank_correlation': Metric('Rank correlation'), 'ssim': Metric('SSIM'),
     'insertion_gain': Metric('Insertion − random', 3, 1), 'deletion_gain': Metric('Random − deletion', 3, 1), 'parsed_accuracy': Metric('Accuracy (free text)', 3, 1),
     'clipscore': Metric('CLIPScore', 3, 1), **{f'bleu{k}': Metric(f'BLEU-{k}', 3, 1) for k in (1, 2, 3, 4)},
@@ -53,7 +53,7 @@ METRICS = {
     'parameters_millions': Metric('Parameters (M)', 1), 'latency_ms': Metric('Latency (ms)', 2, -1),
     'fps': Metric('FPS', 2, 1), 'speedup': Metric('Speed-up', 2, 1)}
 TEXTUAL = [k for k in METRICS if k.startswith('bleu') or k in ('meteor', 'rouge_l', 'spice', 'cider', 'clipscore')]
-# scores of the correctly classified samples alone flatter a model that is right less often: none of them is best
+# scores of the correctly classified samples alone flatter a model that is right less often, as energy, a mean over live maps, does one whose maps die: none of them is best
 for k in TEXTUAL:
     METRICS[f'filtered_{k}'] = Metric(f'{METRICS[k].name} (correct)')
     METRICS[f'filtered_x_accuracy_{k}'] = Metric(f'{METRICS[k].name} (correct) × accuracy', 3, 1)
@@ -172,11 +172,17 @@ def crossed_bootstrap(
     sizes = [min(1000, resamples - k) for k in range(0, resamples, 1000)]
     return np.concatenate([((draw(max(1, S-1), S, b) @ differences)*draw(N, N, b)).sum(1) for b in sizes])
 
+def _student(seeds, draws, confidence): # low and high of the mean of the seeds' differences, from bootstrap draws of it
+    S, v = len(seeds), draws.var()
+    share = min(v, np.var(seeds, ddof=1)/S) if S > 1 else 0. # the seeds' part of the variance
+    half = v**.5*(stats.t.ppf((1 + confidence)/2, (S - 1)*(v/share)**2) if share > 0 else stats.norm.ppf((1 + confidence)/2))
+    return float(seeds.mean() - half), float(seeds.mean() + half)
+
 # %% ../nbs/12_report.ipynb #deb27fea
 class PairedTest(NamedTuple):
     "A paired comparison of two methods."
     difference: float # mean over seeds and images
-    low: float # its interval, from the crossed bootstrap
+    low: float # its interval, Student's by the crossed bootstrap
     high: float
     p_images: float # sign flips of the images' differences
     p_t: float # Student's paired t over the seeds' differences; 1 for one seed
@@ -204,19 +210,19 @@ def paired_test(
         raise ValueError(f'scores must pair as (seeds, images), got {a.shape} and {b.shape}')
     if not np.isfinite(d := a - b).all(): raise ValueError('scores must be finite: leave out images without a score')
     images, seeds = d.mean(0), d.mean(1)
-    low, high = np.quantile(crossed_bootstrap(d, resamples, seed), [(1 - confidence)/2, (1 + confidence)/2])
+    low, high = _student(seeds, crossed_bootstrap(d, resamples, seed), confidence)
     p_images, p_seeds = (sign_flip_test(x, resamples, seed) for x in (images, seeds))
     p_t = _seeds_t(seeds)
     spread = images.std(ddof=1) if len(images) > 1 else 0.
     effect = float(images.mean()/spread) if spread > 1e-12 else np.nan
-    return PairedTest(float(d.mean()), float(low), float(high), p_images, p_t, max(p_images, p_t), p_seeds,
+    return PairedTest(float(d.mean()), low, high, p_images, p_t, max(p_images, p_t), p_seeds,
                       2.**(1 - len(seeds)), effect, len(seeds), len(images))
 
 # %% ../nbs/12_report.ipynb #b0075a02
 class BootstrapTest(NamedTuple):
     "A paired comparison of two methods by a score of sums over images."
     difference: float # of the scores of all images, mean over seeds
-    low: float # its interval, from the crossed bootstrap
+    low: float # its interval, Student's by the crossed bootstrap
     high: float
     p_bootstrap: float # twice the share of draws on the other side of 0
     p_t: float # Student's paired t over the seeds' differences; 1 for one seed
@@ -240,9 +246,9 @@ def bootstrap_test(
     for size in [min(1000, resamples - k) for k in range(0, resamples, 1000)]:
         images, runs = rng.multinomial(N, np.full(N, 1/N), size=size), rng.multinomial(max(1, S-1), np.full(S, 1/S), size=size)/max(1, S-1)
         drawn.append(((score(images @ a) - score(images @ b)).T*runs).sum(1)) # images @ a: (S, size, K)
-    drawn = np.concatenate(drawn); low, high = np.quantile(drawn, [(1 - confidence)/2, (1 + confidence)/2])
+    drawn = np.concatenate(drawn); low, high = _student(seeds, drawn, confidence)
     p = min(1., 2*(1 + min((drawn <= 0).sum(), (drawn >= 0).sum()))/(resamples + 1)); p_t = _seeds_t(seeds)
-    return BootstrapTest(float(seeds.mean()), float(low), float(high), p, p_t, max(p, p_t), S, N)
+    return BootstrapTest(float(seeds.mean()), low, high, p, p_t, max(p, p_t), S, N)
 
 # %% ../nbs/12_report.ipynb #576f1800
 def holm(
@@ -502,7 +508,7 @@ def beside_paper(
 
 # %% ../nbs/12_report.ipynb #70afc8f8
 PALETTE = {
-    'llava': '#9970AB', 'finetune-cot': '#762A83', 'finetune-cot-class-first': '#C2A5CF', 'plain': '#777777', 'cdep': '#E69F00', 'haics': '#006CD1',
+    'llava': '#9970AB', 'finetune-cot': '#762A83', 'finetune-cot-class-first': '#D8BFD8', 'plain': '#777777', 'cdep': '#E69F00', 'haics': '#006CD1',
     'res-g': '#5AAE61', 'res-l': '#1B7837', 'text': '#332288', 'visual': '#33BBEE', 'visual+text': '#661100',
     'megl': '#D55E00'}
 
@@ -585,18 +591,18 @@ class _Panel(NamedTuple):
 def _panels(item, annotated, chars, max_lines): # one sample's panels, left to right
     wrap = lambda text: textwrap.wrap(' '.join((text or '').split()), chars, max_lines=max_lines, placeholder=' …')
     cut = lambda name: name if len(name) <= .8*chars else name[:int(.8*chars) - 1] + '…' # bold letters are wider
-    yield _Panel('image', None, cut(item['label']), 'black', wrap(item.get('note')))
+    yield _Panel('image', None, cut(item['label'] or ''), 'black', wrap(item.get('note')))
     a = item.get('annotation')
     if annotated: yield _Panel('annotation', a, '', 'black', ['not annotated'] if a is None else [])
     for c in item['columns']:
         right = c['predicted'] == item['label']; m = c.get('map')
         dead = [] if m is None or float(torch.as_tensor(m).max()) > 0 else ['(map without a positive cell)']
-        head = f"{'✓' if right else '✗'} {c['predicted']}"
-        yield _Panel(c['title'], m, cut(head), RIGHT if right else WRONG, dead + wrap(c.get('rationale')))
+        head, colour = (c['predicted'], 'black') if item['label'] is None else (f"{'✓' if right else '✗'} {c['predicted']}", RIGHT if right else WRONG)
+        yield _Panel(c['title'], m, cut(head), colour, dead + wrap(c.get('rationale')))
 
 # %% ../nbs/12_report.ipynb #03be179e
 def explanation_figure(
-    items: list[dict], # samples: `image` (3,H,W), `label`, `annotation` (H,W) or None, `note` (optional), `columns`:
+    items: list[dict], # samples: `image` (3,H,W), `label` (None: unknown), `annotation` (H,W) or None, `note` (optional), `columns`:
                        # dicts of `title`, `map` (h,w) or None, `predicted`, `rationale` (may be None)
     width: float = 1.9, # of a column, inches
     fontsize: float = 7.5, # points

@@ -75,8 +75,8 @@ class Preset:
     tuned: dict = field(default_factory=dict) # (backbone, method) → overrides of `train`
 
 TUNED = { # by 41_tuning
-    ('llava', 'llava'): dict(lr_generator=0.001),
-    ('llava', 'finetune-cot'): dict(lr_generator=0.0005),
+    ('llava', 'llava'): dict(lr_generator=0.008),
+    ('llava', 'finetune-cot'): dict(lr_generator=0.002),
     ('resnet_tiny', 'plain'): dict(lr=0.004),
     ('resnet_tiny', 'cdep'): dict(lr=0.002, lambda_v=0.3),
     ('resnet_tiny', 'haics'): dict(lr=0.004, lambda_v=0.3),
@@ -109,10 +109,11 @@ PRESETS = {p.name: p for p in (
 # %% ../nbs/13_run.ipynb #60aed331
 CODE = ('core', 'data', 'classifiers', 'saliency', 'losses', 'rationale', 'model', 'train') # what a run's numbers depend on; an MLLM's also on `mllm`
 
-def _content(where): # what tells one state of local weights from another; a checkpoint's files by size and time, as 14 GB are not hashed in passing
-    path = Path(where) if where else None
-    if path and path.is_file(): return sha256(path)
-    if path and path.is_dir(): return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(path.iterdir()) if f.is_file()]
+def _content(where): # what tells one state of local weights from another; a checkpoint's files by size and time, as 14 GB are not hashed in passing; a name as it is
+    path = Path(where)
+    if where and path.is_file(): return sha256(path)
+    if where and path.is_dir(): return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(path.iterdir()) if f.is_file()]
+    return where
 
 @dataclass(frozen=True)
 class Run:
@@ -134,14 +135,13 @@ class Run:
     code: str # hash of the code, when the run was made
     device: str # cpu, cuda, mps: each rounds in its own way
 
+    def _identity(self, *but): # what determines the numbers; local weights by their content, wherever they lie
+        base = {k: _content(v) for k, v in self.base.items()} if isinstance(self.base, dict) else _content(self.base)
+        return stable_hash({k: v for k, v in asdict(self).items() if k not in ('dataset', *but)} | dict(base=base, weights=_content(self.weights)))
     @property
-    def id(self):
-        local = {str(w): c for w in (self.weights, *(self.base.values() if isinstance(self.base, dict) else [self.base])) if (c := _content(w))}
-        return stable_hash({k: v for k, v in asdict(self).items() if k != 'dataset'} | ({'local': local} if local else {}))
+    def id(self): return self._identity()
     @property
-    def key(self): # what was asked for; of local weights their name, so that predictions are found wherever these lie
-        base = {k: Path(v).name for k, v in self.base.items()} if isinstance(self.base, dict) else Path(self.base).name
-        return stable_hash({k: v for k, v in asdict(self).items() if k not in ('dataset', 'code', 'device')} | dict(base=base, weights=Path(self.weights).name))
+    def key(self): return self._identity('code', 'device') # what was asked for
     @property
     def name(self): return f'{Path(self.dataset).name}_{self.backbone}_{self.method}_{self.seed}_{self.key}'
     def __str__(self): return f'{Path(self.dataset).name} {self.backbone} {self.method} seed {self.seed}'
@@ -182,8 +182,10 @@ def _weights(text, backbone, usual): # of one backbone
     named = dict(t.strip().split('=', 1) for t in text.split(',')) if '=' in text and not Path(text).exists() else {backbone: text}
     for b in named: choose('backbone', b, CLASSIFIERS)
     usual = '' if usual == 'captions' and backbone not in ('resnet_tiny', 'vit_tiny') else usual # pre-training here is for the small ones
-    found = named.get(backbone) or usual
-    return {'none': '', 'captions': 'captions'}.get(found, local_path(found))
+    found = local_path(named.get(backbone) or usual)
+    if not Path(found).is_file() and (os.sep in found or Path(found).suffix in ('.pt', '.pth', '.safetensors')):
+        raise ValueError(f"weights {found!r}: no such file where the program runs or at the project's root")
+    return '' if found == 'none' else found
 
 def _base(text): # as Preset.base has it
     parts = [local_path(t.strip()) for t in text.split(',')]
@@ -204,6 +206,7 @@ def _open(dataset): # load_dataset, which reads and checks every line, once for 
 def _split(run, split): # as far as the preset's limit goes
     ds = _open(run.dataset); n = dict(run.limit).get(split); ds = ds.subset([i for i, r in enumerate(ds.records) if r['split'] == split])
     if _fingerprint(ds) != run.fingerprint: raise ValueError(f'{ds.root}: the data changed after this run was defined: start again')
+    if not len(ds): raise ValueError(f'{ds.root}: no {split} samples: a run needs train, val and test; `megl data check` says what a dataset lacks')
     return ds if n is None or n >= len(ds) else ds.subset(range(n))
 
 def _texts(run): return [t for r in _split(run, 'train').records for t in r['rationales']] # worlds that differ in maps or contexts alone share them, and so their LLaVA
@@ -605,7 +608,7 @@ def _suite(a): # several notebooks, each with the parameters that it has
         if a.from_predictions and 'from_predictions' not in known: print('left as it is: it needs more than predictions'); continue
         run_notebook(name, {k: v for k, v in wanted.items() if k in known}, a.out_dir)
     out = project_root()/a.out_dir
-    for t in sorted((out/'tables').glob('table[2345].md')) if a.suite == REPRODUCE else (): print(f'\n{t.read_text()}')
+    for t in sorted((out/'tables').glob('table[12345].md')) if a.suite == REPRODUCE else (): print(f'\n{t.read_text()}')
     print('written:', *(str(p) for d in ('tables', 'figures') for p in sorted((out/d).glob('*')) if p.stem.split('_')[0] in a.suite or p.stem in a.suite), sep='\n  ')
     print(f'{(time.time()-began)/60:.1f} minutes')
 
@@ -613,7 +616,7 @@ def _run(a):
     import yaml
     given = {} if a.file is None else yaml.safe_load(Path(a.file).read_text())
     given |= {k: yaml.safe_load(v) for k, v in a.parameters or []} | (dict(from_predictions=True) if a.from_predictions else {})
-    run_notebook(a.experiment, given, a.out_dir)
+    run_notebook(a.experiment, given, a.out_dir or given.get('out_dir') or 'results/runs/smoke')
 
 def _train(a):
     _own_gpu(a.device)
@@ -629,7 +632,7 @@ def _explain(a):
     e = model.explain(eval_transform(model.classifier.image_size)(image)[None])[0]
     print(f'{e.label} ({e.probability:.2f})' + (f': {e.rationale}' if e.rationale else ''))
     column = dict(title='map', map=e.map, predicted=e.label, rationale=e.rationale)
-    explanation_figure([dict(image=image, label=e.label, annotation=None, columns=[column])]).savefig(a.out, bbox_inches='tight'); print(a.out)
+    explanation_figure([dict(image=image, label=None, annotation=None, columns=[column])]).savefig(a.out, bbox_inches='tight'); print(a.out)
 
 # %% ../nbs/13_run.ipynb #ef21c058
 def parser() -> argparse.ArgumentParser:
@@ -645,7 +648,7 @@ def parser() -> argparse.ArgumentParser:
     p = add(sub, 'run', _run, 'Execute one experiment notebook by papermill.')
     p.add_argument('experiment', help='such as table2: a notebook of nbs/, by the part of its name after the number'); p.add_argument('-p', dest='parameters', nargs=2, action='append', metavar=('NAME', 'VALUE'))
     p.add_argument('-f', dest='file', help='a YAML file of parameters, such as nbs/params/paper.yaml'); p.add_argument('--from-predictions', action='store_true', help=kept)
-    p.add_argument('--out-dir', default='results/runs/smoke', help='where results go (default results/runs/smoke; the committed results are in results)')
+    p.add_argument('--out-dir', help="where results go (default: the file's, or results/runs/smoke; the committed results are in results)")
     p = add(sub, 'train', _train, 'One training run; under `accelerate launch -m megl.train` on several GPUs.')
     p.add_argument('dataset'); p.add_argument('--backbone', default='', help="default: the preset's first"); p.add_argument('--method', default='megl', choices=METHODS); p.add_argument('--seed', type=int, default=0)
     p.add_argument('--preset', default='smoke', choices=PRESETS); p.add_argument('--epochs', type=int, default=0, help="0: the preset's"); p.add_argument('--device', default='auto')
