@@ -100,7 +100,7 @@ PRESETS = {p.name: p for p in (
     Preset('smoke', TrainConfig(epochs=1, batch_size=16, lr=1e-3, lr_generator=1e-3), PretrainConfig(tower_steps=4, steps=4, classifier_steps=4, batch_size=16), weights='captions',
            limit=(('train', 48), ('val', 16), ('test', 16), ('pretrain', 48))),
     Preset('demo', TrainConfig(epochs=5, lr=2e-3, lr_generator=1e-3), PretrainConfig(), weights='captions', tuned=TUNED),
-    Preset('photos', TrainConfig(epochs=10, batch_size=8, lr=1e-4, lr_generator=5e-4), base=dict(vision='openai/clip-vit-base-patch32', llm='HuggingFaceTB/SmolLM2-135M-Instruct'),
+    Preset('photos', TrainConfig(epochs=12, batch_size=4, lr=2e-4, lr_generator=1e-3), base=dict(vision='openai/clip-vit-base-patch32', llm='HuggingFaceTB/SmolLM2-135M-Instruct'),
            weights='IMAGENET1K_V1', backbones=('resnet18',), lora=(('r', 16), ('lora_alpha', 32), ('lora_dropout', .05))),
     Preset('paper', TrainConfig(epochs=10, batch_size=8, accumulate=4, lr=1e-4, lr_generator=5e-5, precision='bf16', workers=4, eval_batch=8), base='llava-hf/llava-1.5-7b-hf', weights='IMAGENET1K_V1',
            backbones=('resnet18', 'vit_b_16'), lora=(('r', 32), ('lora_alpha', 64), ('lora_dropout', .05)), generator=(('dtype', 'bfloat16'), ('checkpointing', True))),
