@@ -197,7 +197,7 @@ def test_many_samples_are_checked_by_several_processes(tmp_path):
     (tmp_path/'d'/'images').mkdir(parents=True); lines, rng = [], np.random.default_rng(0)
     for i in range(1200):
         Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype='uint8')).resize((80, 60), Image.Resampling.BICUBIC).save(tmp_path/'d'/'images'/f'{i}.jpg')
-        lines.append(json.dumps(dict(id=str(i), file_name=f'images/{i}.jpg', label='ab'[i % 2], rationales=['why'], split='train', group=str(i), map_file=None)) + '\n')
+        lines.append(json.dumps(dict(id=str(i), file_name=f'images/{i}.jpg', label='ab'[i % 2], rationales=['why'], split=('train', 'train', 'val', 'test')[i % 4], group=str(i), map_file=None)) + '\n')
     (tmp_path/'d'/'images'/'1100.jpg').write_bytes(b'no picture')
     (tmp_path/'d'/'metadata.jsonl').write_text(''.join(lines))
     info = dict(name='d', classes=['a', 'b'], metadata_sha256=sha256(tmp_path/'d'/'metadata.jsonl'))
