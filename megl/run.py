@@ -288,11 +288,11 @@ def write_predictions(
     seen = none if p['map'].isna().all() else [np.round(np.asarray(m)*255).astype('uint8').tobytes() for m in p['map']]
     small = lambda k: pa.array(p[k], pa.int16())
     table = pa.table(dict(id=pa.array(p.id, pa.string()), label=small('label'), predicted=small('predicted'),
-        probabilities=pa.array([np.asarray(x, 'float16') for x in p.probabilities], pa.list_(pa.float16())), map=pa.array(seen, pa.binary()),
+        probabilities=pa.array([np.round(np.asarray(x, float), 3).astype('float16') for x in p.probabilities], pa.list_(pa.float16())), map=pa.array(seen, pa.binary()),
         height=small('height'), width=small('width'), alive=pa.array(p.alive, pa.bool_()),
         rationale=pa.array(p.rationale, pa.string()), answer=pa.array(p.answer, pa.string())))
     path.parent.mkdir(parents=True, exist_ok=True); buffer = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata(about), buffer, compression='zstd', compression_level=19)
+    pq.write_table(table.replace_schema_metadata(about), buffer, compression='zstd', compression_level=22, use_dictionary=False, write_statistics=False)
     return write_atomic(path, buffer.getvalue().to_pybytes())
 
 def read_predictions(
