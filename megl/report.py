@@ -7,8 +7,9 @@ __all__ = ['COLUMNS', 'INTEGERS', 'TEXT', 'KEY', 'METRICS', 'TEXTUAL', 'METHOD_N
            'METRIC_NAMES', 'NAMES', 'COUNTERPARTS', 'PALETTE', 'RIGHT', 'WRONG', 'Metric', 'display_name', 'rank',
            'tidy', 'to_csv', 'read_table', 'Interval', 'interval', 'sign_flip_test', 'crossed_bootstrap', 'PairedTest',
            'paired_test', 'BootstrapTest', 'bootstrap_test', 'holm', 'compare', 'wide', 'table_caption', 'to_markdown',
-           'show_table', 'tex', 'to_latex', 'write_frame', 'write_table', 'paper_table', 'beside_paper', 'theme',
-           'figure', 'save_figure', 'overlay', 'explanation_figure', 'plot_methods', 'plot_levels', 'plot_history']
+           'show_table', 'tex', 'to_latex', 'readable', 'write_frame', 'write_table', 'paper_table', 'beside_paper',
+           'theme', 'figure', 'save_figure', 'overlay', 'explanation_figure', 'plot_methods', 'plot_levels',
+           'plot_history']
 
 # %% ../nbs/12_report.ipynb #032409b6
 import io, itertools, re, textwrap
@@ -46,6 +47,7 @@ METRICS = {
     'pointing': Metric('Pointing game', 3, 1), 'energy': Metric('Energy inside'), 'area': Metric('Area share'), 'defined': Metric('Defined maps', 0, 1),
     'energy_gain': Metric('Energy − area'), 'pixel_precision': Metric('Pixel precision', 3, 1), 'pixel_recall': Metric('Pixel recall', 3, 1),
     'insertion': Metric('Insertion'), 'deletion': Metric('Deletion'), 'rank_correlation': Metric('Rank correlation'), 'ssim': Metric('SSIM'),
+    'miou_own': Metric('mIoU (own threshold)', 3, 1), 'names_predicted': Metric('Names the predicted class', 3, 1), 'names_true': Metric('Names the true class', 3, 1),
     'insertion_gain': Metric('Insertion − random', 3, 1), 'deletion_gain': Metric('Random − deletion', 3, 1), 'parsed_accuracy': Metric('Accuracy (free text)', 3, 1),
     'clipscore': Metric('CLIPScore', 3, 1), **{f'bleu{k}': Metric(f'BLEU-{k}', 3, 1) for k in (1, 2, 3, 4)},
     'meteor': Metric('METEOR', 3, 1), 'rouge_l': Metric('ROUGE-L', 3, 1), 'spice': Metric('SPICE', 3, 1),
@@ -57,6 +59,8 @@ TEXTUAL = [k for k in METRICS if k.startswith('bleu') or k in ('meteor', 'rouge_
 for k in TEXTUAL:
     METRICS[f'filtered_{k}'] = Metric(f'{METRICS[k].name} (correct)')
     METRICS[f'filtered_x_accuracy_{k}'] = Metric(f'{METRICS[k].name} (correct) × accuracy', 3, 1)
+
+METRICS |= {f'miou@{t:g}': Metric(f'mIoU at {t:g}', 3, 1) for t in np.arange(1, 10)/10}
 
 METHOD_NAMES = {
     'llava': 'LLaVA', 'finetune-cot': 'Fine-tune-CoT', 'finetune-cot-class-first': 'Fine-tune-CoT, class first', 'plain': 'plain', 'cdep': 'CDEP (adapted)', 'haics': 'HAICS',
@@ -430,16 +434,29 @@ def to_latex(
 def _file_name(name):
     if not re.fullmatch(r'[\w-]+', name): raise ValueError(f'use a name of letters, digits, - and _, not {name!r}')
 
+_HEADS = dict(variant='', p='p (larger of images, seeds)', p_images='p, images', p_bootstrap='p, bootstrap', p_t='p, seeds (t)', p_holm='p, Holm', p_seeds='p, seeds (sign flips)', p_min='smallest such p', effect="Cohen's d_z",
+              low='95 % from', high='95 % to', p_claim='p, Holm in the claim') # of columns whose key says too little
+
+def readable(
+    df: pd.DataFrame, # any table; columns such as `method` and `comparison` ('megl − plain') hold keys
+) -> pd.DataFrame: # display names, three digits
+    "A table of keys and numbers as a reader wants it."
+    def shown(column, v):
+        if isinstance(v, float): return '–' if np.isnan(v) else f'{v:.3g}'
+        return ' − '.join(display_name('method', m) for m in v.split(' − ')) if column == 'comparison' else display_name(column, v)
+    heads = {c: _HEADS.get(c) or str(c).replace('_', ' ').capitalize() for c in df}
+    return pd.DataFrame({c: [shown('method' if c == 'against' else c, v) for v in df[c]] for c in df}, dtype=object).rename(columns=heads)
+
 def write_frame(
     df: pd.DataFrame, # any table, written in full as CSV
     name: str, # of the files, letters, digits, '-' and '_'
     out_dir: Path|str, # files go to its folder tables/
     caption: str, # of the views
-    view: pd.DataFrame|None = None, # what the views show; by default `df` with three digits
+    view: pd.DataFrame|None = None, # what the views show; by default `df` by `readable`
 ) -> list[Path]: # the CSV, Markdown and LaTeX files
     "Write a table as CSV, Markdown and LaTeX; each file is whole or absent."
     _file_name(name)
-    if view is None: view = df.map(lambda v: f'{v:.3g}' if isinstance(v, float) else v)
+    if view is None: view = readable(df)
     texts = dict(csv=to_csv(df), md=to_markdown(view, caption), tex=to_latex(view, caption, f'tab:{name}'))
     return [write_atomic(Path(out_dir)/'tables'/f'{name}.{ext}', text) for ext, text in texts.items()]
 
@@ -633,24 +650,25 @@ def explanation_figure(
 def plot_methods(
     df: pd.DataFrame, # a tidy table; its rows of `metric` are drawn
     metric: str, # which metric
-    panel: list[str] = ('dataset', 'backbone'), # one panel for each combination of these columns
     confidence: float = .95, # of the intervals
-) -> plt.Figure: # methods from top to bottom in their fixed order
+) -> plt.Figure: # a panel for each dataset; methods from top to bottom in their fixed order, backbone by backbone
     "Methods compared on one metric: seeds as points, mean and interval over seeds."
     df = tidy(df); df = df[(df.metric == choose('metric', metric, df.metric.unique())) & df.value.notna()]
-    groups = sorted(df.groupby(list(panel)), key=lambda g: [rank(c, k) for c, k in zip(panel, g[0])])
-    methods = sorted(set(df.method), key=lambda m: rank('method', m))
-    fig = figure(1 + 2*len(groups), .9 + .32*len(methods), layout='constrained')
-    for ax, (key, g) in zip(fig.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0], groups):
-        for y, m in enumerate(methods):
-            values, colour = g[g.method == m].value, PALETTE.get(m, 'black')
+    datasets, found = (sorted(set(df[c]), key=lambda k: rank(c, k)) for c in ('dataset', 'backbone'))
+    lines = [x for b in found for x in [(b, None), *((b, m) for m in sorted(set(df.method[df.backbone == b]), key=lambda m: rank('method', m)))]]
+    fig = figure(1.6 + 3.2*len(datasets), .7 + .26*len(lines), layout='constrained')
+    for ax, d in zip(fig.subplots(1, len(datasets), sharex=True, sharey=True, squeeze=False)[0], datasets):
+        for y, (b, m) in enumerate(lines):
+            values, colour = df.value[(df.dataset == d) & (df.backbone == b) & (df.method == m)], PALETTE.get(m, 'black')
+            if m is None: ax.axhspan(y - .5, y + .5, color='.94', zorder=0)
             if values.empty: continue
             mean, half, _ = interval(values, confidence)
             ax.plot(values, [y - .25]*len(values), 'o', color=colour, alpha=.6, ms=3.5, mew=0)
             ax.errorbar(mean, y, xerr=half if np.isfinite(half) else None, fmt='|', color=colour, ms=9, mew=2, lw=1.5)
-        ax.set(title='\n'.join(display_name(c, k) for c, k in zip(panel, key)), xlabel=display_name('metric', metric))
-        ax.set_ylim(len(methods) - .5, -.6)
-        ax.set_yticks(range(len(methods)), [display_name('method', m) for m in methods])
+        ax.set(title=display_name('dataset', d), xlabel=display_name('metric', metric), ylim=(len(lines) - .5, -.5))
+        ax.set_yticks(range(len(lines)), [display_name('backbone', b) if m is None else display_name('method', m) for b, m in lines])
+        for label, (_, m) in zip(ax.get_yticklabels(), lines): label.set_fontweight('bold' if m is None else 'normal')
+        ax.grid(axis='y', visible=False)
     return fig
 
 # %% ../nbs/12_report.ipynb #e4da4e8b

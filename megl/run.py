@@ -329,6 +329,10 @@ def load_predictions(run: Run, out: Path|str, stored: bool = False) -> pd.DataFr
 
 def _sized(found, n): return {k: dict(value=float(v), n=int(n)) for k, v in found.items() if isinstance(v, (int, float)) and v == v}
 
+def _named(texts, classes, wanted): # share of texts whose first named class is the wanted one
+    from megl.mllm import parse_class
+    return float(np.mean([parse_class(t, classes) == y for t, y in zip(texts, wanted)]))
+
 def metrics_of(
     run: Run,
     out: Path|str, # the results folder
@@ -344,13 +348,13 @@ def metrics_of(
     if maps_of(p) and (seen := visual_metrics(maps_of(p), annotations_of(test)))['n']:
         found |= _sized({k: v for k, v in seen.items() if k != 'n'} | {f'miou@{t:g}': v for t, v in seen['curve'].items()}, seen['n']) | _sized({k: seen[k] for k in ('energy', 'energy_gain')}, seen['defined'])
     if p.rationale.notna().all():
+        found |= _sized({f'names_{k}': _named(p.rationale, test.classes, p[c]) for k, c in (('predicted', 'predicted'), ('true', 'label'))}, len(p))
         images = None if 'clipscore' in missing_scores() else [s.image for s in test]
         said = text_metrics(list(p.rationale), [r['rationales'] for r in test.records], correct=(p.label == p.predicted).tolist(), images=images)
         few = {k: v for k, v in said.items() if k.startswith('filtered_') and not k.startswith('filtered_x')}
         found |= _sized({k: v for k, v in said.items() if k != 'n' and k not in few}, len(p)) | _sized(few, said['filtered_n'])
     if p.answer.notna().all():
-        from megl.mllm import parse_class
-        found |= _sized(dict(parsed_accuracy=float(np.mean([parse_class(t, test.classes) == y for t, y in zip(p.answer, p.label)]))), len(p))
+        found |= _sized(dict(parsed_accuracy=_named(p.answer, test.classes, p.label)), len(p))
     write_atomic(path, json.dumps(found, indent=1))
     return found
 
