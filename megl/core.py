@@ -95,19 +95,19 @@ def sha256(
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/00_core.ipynb #95aee022
-def _bare(tree: ast.AST) -> str: # a syntax tree without docstrings, as text
+def _bare(tree: ast.AST) -> str: # a syntax tree without docstrings, as source text: `ast.dump` differs between versions of Python
     for node in ast.walk(tree):
         body = getattr(node, 'body', None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0], 'value', None), ast.Constant):
             node.body = body[1:] or [ast.Pass()]
-    return ast.dump(tree)
+    return ast.unparse(tree)
 
 @lru_cache
 def code_hash(
     modules: tuple, # names of megl's modules
 ) -> str: # the hash
     "Hash of what the modules do, whatever their comments say."
-    return stable_hash([_bare(ast.parse(Path(importlib.util.find_spec(f'megl.{m}').origin).read_text())) for m in modules])
+    return stable_hash([_bare(ast.parse(Path(importlib.util.find_spec(f'megl.{m}').origin).read_text(encoding='utf-8'))) for m in modules])
 
 # %% ../nbs/00_core.ipynb #5a3d9cff
 def write_atomic(
@@ -126,8 +126,10 @@ def write_atomic(
 # %% ../nbs/00_core.ipynb #040adba6
 PACKAGES = 'torch torchvision transformers peft accelerate numpy pandas pycocoevalcap'.split()
 
-def _git(*args):
-    try: return subprocess.run(['git', *args], cwd=project_root(), capture_output=True, text=True, check=True).stdout.strip()
+def _git(*args): # None outside a clone
+    clone = Path(importlib.util.find_spec('megl').origin).resolve().parents[1]
+    if project_root(clone) != clone or not (clone/'nbs').is_dir(): return None
+    try: return subprocess.run(['git', *args], cwd=clone, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return None
 
 @lru_cache

@@ -179,17 +179,26 @@ def forward(self: MLLM,
     return MeglOutput(None, text_loss=loss.mean())
 
 # %% ../nbs/09_mllm.ipynb #6f4f8a63
-def _words(text):
-    found = re.findall(r'\w+', str(text).casefold().replace('_', ' '))
-    return [w for w in found if w not in ('a', 'an', 'the')] or found
+_AS_WRITTEN = re.compile(r"[^\w\s'’.,/&()-]|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ud7af\uf900-\ufaff]") # "C++"; scripts whose words are not set apart by spaces
+
+def _words(text): # matches of words, without articles
+    found = list(re.finditer(r'\w+', str(text).casefold().replace('_', ' ')))
+    return [w for w in found if w[0] not in ('a', 'an', 'the')] or found
+
+def _places(text, name): # (start, end) of each mention, in characters
+    if _AS_WRITTEN.search(name):
+        bounded = lambda edge, look: look if re.match(r'\w', edge) and not _AS_WRITTEN.match(edge) else ''
+        name = name.strip().casefold()
+        return [m.span() for m in re.finditer(bounded(name[0], r'(?<!\w)') + re.escape(name) + bounded(name[-1], r'(?!\w)'), str(text).casefold())]
+    said, wanted = _words(text), [w[0] for w in _words(name)]
+    return [(said[k].start(), said[k+len(wanted)-1].end()) for k in range(len(said) - len(wanted) + 1) if wanted and [w[0] for w in said[k:k+len(wanted)]] == wanted]
 
 def parse_class(
     text: str, # what the model wrote
     classes: list, # class names
 ) -> int|None: # index of the class; None: none is named
     "The class that a free answer names."
-    said, names = _words(text), [_words(c) for c in classes]
-    found = [(k, -len(n), i) for i, n in enumerate(names) for k in range(len(said)) if n and said[k:k+len(n)] == n]
+    found = [(start, -end, i) for i, c in enumerate(classes) for start, end in _places(text, c)]
     return min(found)[2] if found else None
 
 # %% ../nbs/09_mllm.ipynb #6d9fd721
