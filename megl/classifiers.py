@@ -7,7 +7,8 @@ __all__ = ['IMAGENET', 'CLASSIFIERS', 'CNNClassifier', 'ResNet', 'resnet18', 'Re
            'vit_tiny', 'check_classifier', 'create_classifier', 'register_classifier']
 
 # %% ../nbs/04_classifiers.ipynb #db606a5e
-import os
+import math, os
+from inspect import signature
 from pathlib import Path
 
 import torch, torch.nn.functional as F
@@ -33,10 +34,12 @@ def _downloaded(enum): # a state dict from torchvision's server or its cache; on
     raise OSError(f"no weights {enum}: they are not at {file} and cannot be downloaded ({cause}). Download them once where there is a network "
                   f'({size:.0f} MB, {enum.url}), then put the file there, or give its path as weights')
 
-def _load(model, weights, enum):
-    if weights is None: return model
-    if enum: state = _downloaded(enum)
-    else: state = torch.load(weights, map_location='cpu', weights_only=True)
+def _read(weights, enum): # a state dict, or None
+    if weights is None: return None
+    return _downloaded(enum) if enum else torch.load(weights, map_location='cpu', weights_only=True)
+
+def _load(model, weights, enum, state):
+    if state is None: return model
     own, name = model.state_dict(), next(n for n, m in model.named_modules() if m is model.head)
     head = [f'{name}.weight', f'{name}.bias']
     if any(k in state and state[k].shape != own[k].shape for k in head):
@@ -84,7 +87,7 @@ def resnet18(
 ) -> ResNet: # 224-pixel images, 7×7 grid
     "torchvision's ResNet18."
     enum = _torchvision_weights('resnet18', weights)
-    return _load(ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes), weights, enum)
+    return _load(ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes), weights, enum, _read(weights, enum))
 
 # %% ../nbs/04_classifiers.ipynb #a1974a20
 class ResNetTiny(CNNClassifier):
@@ -117,7 +120,7 @@ def resnet_tiny(
     weights: str|Path|None = None, # a state dict's path, or None
 ) -> ResNetTiny: # 48-pixel images, 6×6 grid
     "A stem and three `BasicBlock`s."
-    return _load(ResNetTiny(num_classes), weights, None)
+    return _load(ResNetTiny(num_classes), weights, None, _read(weights, None))
 
 # %% ../nbs/04_classifiers.ipynb #a931431a
 class ViT(torchvision.models.VisionTransformer):
@@ -193,11 +196,12 @@ def pool_full(self:ViT,
 def vit_b_16(
     num_classes: int, # classes
     weights: str|Path|None = None, # torchvision weights by name, a state dict's path, or None
-) -> ViT: # 224-pixel images (384 for IMAGENET1K_SWAG_E2E_V1), 14×14 grid
+    image_size: int = 224, # of a fresh one, pixels; weights have their own (384 for IMAGENET1K_SWAG_E2E_V1)
+) -> ViT: # 14×14 grid at 224 pixels
     "torchvision's ViT-B/16."
-    enum = _torchvision_weights('vit_b_16', weights)
-    size = enum.meta['min_size'][0] if enum else 224
-    return _load(ViT(size, 16, 12, 12, 768, 3072, num_classes=num_classes), weights, enum)
+    enum = _torchvision_weights('vit_b_16', weights); state = _read(weights, enum)
+    if state and 'encoder.pos_embedding' in state: image_size = 16*math.isqrt(state['encoder.pos_embedding'].shape[1] - 1) # a square of patches, and CLS
+    return _load(ViT(image_size, 16, 12, 12, 768, 3072, num_classes=num_classes), weights, enum, state)
 
 def vit_tiny(
     num_classes: int, # classes
@@ -206,7 +210,7 @@ def vit_tiny(
     "Three blocks of width 96 behind a convolutional stem."
     stem = [ConvStemConfig(c, 3, stride) for c, stride in ((24, 2), (48, 2), (48, 1), (96, 2))]
     stem.append(ConvStemConfig(96, 3, 1, activation_layer=None))
-    return _load(ViT(48, 8, 3, 4, 96, 192, num_classes=num_classes, conv_stem_configs=stem), weights, None)
+    return _load(ViT(48, 8, 3, 4, 96, 192, num_classes=num_classes, conv_stem_configs=stem), weights, None, _read(weights, None))
 
 # %% ../nbs/04_classifiers.ipynb #ea74a54e
 CLASSIFIERS = dict(resnet18=resnet18, vit_b_16=vit_b_16, resnet_tiny=resnet_tiny, vit_tiny=vit_tiny)
@@ -240,16 +244,21 @@ def create_classifier(
     name: str, # resnet18, vit_b_16, resnet_tiny, vit_tiny, or a registered name
     num_classes: int, # classes
     weights: str|Path|None = None, # torchvision weights by name, a state dict's path, or None
+    image_size: int|None = None, # pixels; None: the weights', or the classifier's usual
 ) -> nn.Module: # the classifier, in training mode
-    "Make a classifier by name. `ValueError` for an unknown name, `TypeError` where a registered one lacks a member."
+    "Make a classifier by name. `ValueError` for an unknown name or a size it cannot take, `TypeError` where a registered one lacks a member."
     factory = CLASSIFIERS[choose('classifier', name, CLASSIFIERS)]
-    model = factory(num_classes) if weights is None else factory(num_classes, weights=weights)
+    kw = {k: v for k, v in dict(weights=weights, image_size=image_size).items() if v is not None}
+    if 'image_size' not in signature(factory).parameters: kw.pop('image_size', None)
+    model = factory(num_classes, **kw)
     model.registered_name = name # by which a saved model is made again
-    return model if name in _BUILTIN else check_classifier(model)
+    if name not in _BUILTIN: check_classifier(model)
+    if image_size not in (None, model.image_size): raise ValueError(f'{name} takes images of {model.image_size} pixels, not {image_size}')
+    return model
 
 def register_classifier(
     name: str, # the name to create it by
-    factory, # called as factory(num_classes) or factory(num_classes, weights=weights)
+    factory, # called as factory(num_classes), with weights=… and, if it takes one, image_size=… where they are given
 ):
     "Make `create_classifier(name, ...)` call `factory`. One's own name can be used again; the four given ones cannot."
     if name in _BUILTIN:

@@ -235,7 +235,7 @@ def randomization_cascade(
     if untrained is None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            untrained = create_classifier(classifier.registered_name, classifier.head.out_features).to(device)
+            untrained = create_classifier(classifier.registered_name, classifier.head.out_features, image_size=classifier.image_size).to(device)
     model, fresh = copy.deepcopy(classifier).eval(), dict(untrained.named_modules())
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (classifier.mean, classifier.std))
     x = (images - mean)/std
@@ -445,7 +445,7 @@ def _corpus(hyps, refs, stats, more): # (corpus scores, per-sample arrays) of to
     bleu, _ = Bleu(4).compute_score(gts, res, verbose=0)
     met, mets = meteor_process().score(stats)
     rouge, rouges = Rouge().compute_score(gts, res)
-    cider, ciders = Cider().compute_score(gts, res)
+    cider, ciders = Cider().compute_score(gts, res) if any(map(any, refs)) else (0., np.zeros(len(refs))) # the package needs a word to count
     scores = map(float, (*bleu, met, rouge, cider))
     means = {k: float(np.mean(more[k])) if k in more else math.nan for k in OPTIONAL_SCORES}
     return dict(zip(TEXT_SCORES, scores)) | means, dict(bleu4=_bleu_statistics(hyps, refs), meteor=mets, rouge_l=rouges, cider=ciders) | more

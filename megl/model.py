@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 
@@ -44,7 +45,15 @@ class MEGL(nn.Module):
         for k in ('mean', 'std'): self.register_buffer(k, torch.tensor(getattr(classifier, k)).view(3, 1, 1), persistent=False)
 
     @property
-    def image_size(self): return self.classifier.image_size # side of the images it takes, pixels
+    def image_size(self): return max(m.image_size for m in (self.classifier, self.generator) if m is not None) # side of the images to load, pixels
+
+    def pixels(self,
+        images: torch.Tensor, # (B, 3, H, W) pixels in [0, 1]
+    ) -> torch.Tensor: # (B, 3, S, S), normalised
+        "The images as the classifier reads them."
+        side = self.classifier.image_size
+        if images.shape[-2:] != (side, side): images = F.interpolate(images, (side, side), mode='bilinear', antialias=True)
+        return (images - self.mean)/self.std
 
     def forward(self,
         images: torch.Tensor, # (B, 3, H, W) pixels in [0, 1]
@@ -55,7 +64,7 @@ class MEGL(nn.Module):
         feature_route: bool = True, # does the rationale's gradient reach the classifier through its pooled feature?
     ) -> MeglOutput:
         "Logits; maps with their graph; the rationales' loss through the maps."
-        x, held = (images - self.mean)/self.std, choose('map_route', map_route, ROUTES) == 'held'
+        x, held = self.pixels(images), choose('map_route', map_route, ROUTES) == 'held'
         if not maps and texts is None: return MeglOutput(self.classifier(x))
         cam = cam_forward(self.classifier, x, labels, create_graph=torch.is_grad_enabled(), hold_weights=held)
         if texts is None: return MeglOutput(cam.logits, cam.maps, cam.alive)
@@ -91,7 +100,7 @@ def infer(self: MEGL,
 ) -> Inference:
     "Probabilities and maps of a batch in evaluation mode, and rationales where asked for."
     self.eval()
-    cam = cam_forward(self.classifier, (images - self.mean)/self.std)
+    cam = cam_forward(self.classifier, self.pixels(images))
     said = self._generator().generate(images, cam.maps, cam.pooled) if rationales else None
     return Inference(cam.logits.float().softmax(1), cam.maps, cam.alive, said)
 
@@ -112,7 +121,7 @@ def explain(self: MEGL,
 ) -> list: # B `Explanation`s
     "Predicted class, its map, and the rationale generated from what the map shows."
     self.eval()
-    cam = cam_forward(self.classifier, (images - self.mean)/self.std)
+    cam = cam_forward(self.classifier, self.pixels(images))
     top = cam.logits.softmax(1).max(1)
     said = [None]*len(images) if self.generator is None else self.generator.generate(images, cam.maps, cam.pooled, max_new_tokens)
     return [Explanation(self.classes[i], p, m, t) for i, p, m, t in zip(top.indices.tolist(), top.values.tolist(), cam.maps, said)]
@@ -121,10 +130,11 @@ def explain(self: MEGL,
 def _card(model, numbers, note): # README.md of a saved model
     g = model.generator; base = None if g is None else g.base
     rows = ''.join(f'| {k} | {v:.4g} |\n' if isinstance(v, float) else f'| {k} | {v} |\n' for k, v in numbers.items())
+    own = '' if model.image_size == model.classifier.image_size else f', which the classifier reads at {model.classifier.image_size}'
     about = f'rationales by an adapter on `{base if isinstance(base, str) else json.dumps(base)}`' if base else 'rationales by a language model kept beside it' if g else 'no rationales'
     return ('---\nlibrary_name: megl\ntags: [image-classification, explanation]\n' + (f'base_model: {base}\n' if isinstance(base, str) and not Path(base).exists() else '') + '---\n'
             f'# {model.classifier.registered_name}, trained by Multimodal Explanation-Guided Learning\n\nClasses: {", ".join(model.classes)}.\n'
-            f'Images of {model.classifier.image_size} pixels; maps of {" × ".join(map(str, model.classifier.grid))} cells; {about}.\n\n'
+            f'Images of {model.image_size} pixels{own}; maps of {" × ".join(map(str, model.classifier.grid))} cells; {about}.\n\n'
             + (f'| measured | value |\n|---|---|\n{rows}\n' if numbers else 'No measured numbers were given.\n\n') + (f'{note}\n\n' if note else '')
             + "```python\nfrom megl.model import MEGL\nmodel = MEGL.from_pretrained('this folder')\nmodel.explain(images) # (B, 3, H, W), pixels in [0, 1]\n```\n")
 
@@ -153,28 +163,29 @@ def save_pretrained(self: MEGL,
 def from_pretrained(cls: MEGL,
     folder: Path|str, # written by `save_pretrained`; or a hub id
     base: str|None = None, # where the base model is now, if it has moved
+    generator: bool = True, # False: the classifier alone; nothing of CLIP or the language model is read
 ): # MEGL, in evaluation mode
     "Read a model back: the same predictions, maps and texts, bit by bit."
-    folder = _local(folder)
+    folder = _local(folder, None if generator else 'generator/*')
     if not (folder/'config.json').exists(): raise FileNotFoundError(f'{folder}: no config.json: give a folder written by MEGL.save_pretrained')
     config = json.loads((folder/'config.json').read_text())
-    classifier = create_classifier(config['classifier'], len(config['classes']))
+    classifier = create_classifier(config['classifier'], len(config['classes']), image_size=config['preprocessing']['image_size'])
     classifier.load_state_dict(load_file(folder/'classifier.safetensors'))
     for k in ('mean', 'std'): setattr(classifier, k, tuple(config['preprocessing'][k]))
-    generator = None
-    if g := config['generator']:
+    g, made = generator and config['generator'], None
+    if g:
         from megl.rationale import RationaleGenerator
         kw = {k: tuple(g[k]) for k in ('pixel_mean', 'pixel_std')} | dict(question=g['question'], checkpointing=g['checkpointing'], dtype=getattr(torch, g['dtype']), lora=False)
-        try: generator = RationaleGenerator.from_pretrained(base or g['base'] or folder/'generator'/'base', g['feature_dim'], **kw)
+        try: made = RationaleGenerator.from_pretrained(base or g['base'] or folder/'generator'/'base', g['feature_dim'], **kw)
         except OSError as e: raise OSError(f'{e}; if the base model has moved, say where it is with base=…') from None
-        generator.load_trained(folder/'generator')
-    return cls(classifier, generator, config['classes']).eval()
+        made.load_trained(folder/'generator')
+    return cls(classifier, made, config['classes']).eval()
 
-def _local(folder): # a folder; or the hub's copy of one
+def _local(folder, leave=None): # a folder; or the hub's copy of one, without the files that `leave` matches
     name = str(folder)
     if Path(name).exists() or name.startswith(('/', '.')) or name.count('/') != 1: return Path(name)
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(name))
+    try: return Path(snapshot_download(name, ignore_patterns=leave))
     except Exception as e: raise FileNotFoundError(f'{name}: no folder of that name, and no model of that id on this machine or the hub ({type(e).__name__})') from None
 
 @patch

@@ -7,10 +7,10 @@ __all__ = ['METHODS', 'TUNED', 'PRESETS', 'CODE', 'SAMPLE_SCORES', 'REPRODUCE', 
            'Run', 'make_run', 'local_path', 'base_classifier', 'base_llava', 'build_model', 'write_predictions',
            'read_predictions', 'run_folder', 'stored_predictions', 'predictions_file', 'load_predictions', 'metrics_of',
            'execute', 'execute_all', 'result_rows', 'sample_scores', 'text_scores', 'check_injected', 'Experiment',
-           'experiments', 'run_notebook', 'parser', 'main']
+           'experiments', 'NotebookError', 'run_notebook', 'parser', 'main']
 
 # %% ../nbs/13_run.ipynb #21b82eae
-import argparse, ast, json, os, shutil, sys, time
+import argparse, ast, dis, hashlib, inspect, json, linecache, os, shutil, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from filelock import FileLock
 
 from .core import choose, code_hash, get_device, project_root, provenance, set_seed, sha256, stable_hash, write_atomic
-from .classifiers import CLASSIFIERS, create_classifier
+from .classifiers import _BUILTIN, CLASSIFIERS, create_classifier, register_classifier
 from .data import load_dataset
 from .get import add_data_commands
 from .metrics import VISUAL_SCORES, classification_metrics, iou_scores, missing_scores, text_metrics, visual_metrics
@@ -109,15 +109,52 @@ PRESETS = {p.name: p for p in (
 # %% ../nbs/13_run.ipynb #60aed331
 CODE = ('core', 'data', 'classifiers', 'saliency', 'losses', 'rationale', 'model', 'train') # what a run's numbers depend on; an MLLM's also on `mllm`
 
-def _content(where): # what tells one state of local weights from another; a checkpoint's files by size and time, as 14 GB are not hashed in passing; a name as it is
+_hashes = {} # (file, size, when it was changed, whole) → hash
+
+def _hash(file, whole=True): # a file's, once for every state of it; else of a large one 64 pieces
+    size, changed = file.stat().st_size, file.stat().st_mtime_ns
+    if (key := (str(file), size, changed, whole)) not in _hashes:
+        small = whole or size < 2**24
+        _hashes[key] = sha256(file) if small else hashlib.sha256(np.memmap(file, mode='r')[:size//64*64].reshape(64, -1)[:, :2**16].tobytes()).hexdigest()
+    return _hashes[key]
+
+def _content(where): # what tells one state of local weights from another; a name as it is
     path = Path(where)
-    if where and path.is_file(): return sha256(path)
-    if where and path.is_dir(): return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(path.iterdir()) if f.is_file()]
+    if where and path.is_file(): return _hash(path)
+    if where and path.is_dir(): return [[f.name, f.stat().st_size, _hash(f, whole=False)] for f in sorted(path.iterdir()) if f.is_file()]
     return where
+
+def _own_parts(backbone, base): # one's own that a run is made with: how each is registered, its name, its factory
+    rationale, tower = sys.modules.get('megl.rationale'), base.get('vision') if isinstance(base, dict) else None # imported, if a tower was registered
+    parts = [(register_classifier, backbone, CLASSIFIERS[backbone])] if backbone in CLASSIFIERS and backbone not in _BUILTIN else []
+    return parts + ([(rationale.register_tower, tower, rationale.TOWERS[tower])] if rationale and tower in rationale.TOWERS else [])
+
+def _functions(f): return [inspect.unwrap(m) for m in (vars(f).values() if inspect.isclass(f) else [f]) if inspect.isfunction(m)] # those of a class, or itself
+
+def _text(f): # of a function or a class. Of a notebook's class inspect finds none, but its functions know their cell; else name and plain values
+    try: return inspect.getsource(f)
+    except (OSError, TypeError): cells = [(m.__code__.co_firstlineno, ''.join(linecache.getlines(m.__code__.co_filename))) for m in _functions(f)]
+    holds = lambda n, line: isinstance(n, ast.ClassDef) and n.name == f.__name__ and n.lineno <= line <= n.end_lineno
+    plain = [(k, v) for k, v in getattr(f, '__dict__', {}).items() if isinstance(v, (int, float, str, tuple)) and not k.startswith('__')]
+    return next((ast.get_source_segment(c, n) for line, c in cells for n in ast.walk(ast.parse(c)) if holds(n, line)), f'{f.__module__}.{f.__qualname__} {plain}')
+
+def _own_code(factory): # hash of the text of what a factory leads to in its module
+    factory = getattr(factory, 'func', factory) # of a partial
+    factory = factory if hasattr(factory, '__qualname__') else type(factory)
+    found, todo = {}, [factory]
+    while todo:
+        f = todo.pop(); found[f] = _text(f); named = list(getattr(f, '__bases__', ()))
+        for m in _functions(f):
+            named += [m.__globals__.get(i.argval) for i in dis.get_instructions(m) if i.opname == 'LOAD_GLOBAL']
+            named += [c.cell_contents for c in m.__closure__ or ()]
+        todo += [v for v in named if (inspect.isfunction(v) or inspect.isclass(v)) and v not in found and v.__module__ == factory.__module__]
+    return stable_hash(sorted(found.values()))
+
+def _processes(): return int(os.environ.get('WORLD_SIZE', 1)) # that train together, as their launcher says
 
 @dataclass(frozen=True)
 class Run:
-    "One training run: everything that determines its numbers."
+    "One training run: everything that determines its numbers. `train.batch_size` is of each process, so several processes are another run than one."
     dataset: str # name or folder, as it was given; not part of the identity, the fingerprint is
     backbone: str
     method: str
@@ -134,14 +171,15 @@ class Run:
     fingerprint: str # of the data: metadata, images, maps, and the order of the classes
     code: str # hash of the code, when the run was made
     device: str # cpu, cuda, mps: each rounds in its own way
+    processes: int = 1 # that train it together
+    parts: tuple = () # name and hash of the code of a classifier or tower of one's own
 
+    def __post_init__(self): # once: a run keeps its folder, whatever becomes of the weights' file; `key` is what was asked for
+        vars(self).update(id=self._identity(), key=self._identity('code', 'device', 'parts'))
     def _identity(self, *but): # what determines the numbers; local weights by their content, wherever they lie
         base = {k: _content(v) for k, v in self.base.items()} if isinstance(self.base, dict) else _content(self.base)
-        return stable_hash({k: v for k, v in asdict(self).items() if k not in ('dataset', *but)} | dict(base=base, weights=_content(self.weights)))
-    @property
-    def id(self): return self._identity()
-    @property
-    def key(self): return self._identity('code', 'device') # what was asked for
+        usual = ('processes', 1), ('parts', ())
+        return stable_hash({k: v for k, v in asdict(self).items() if k not in ('dataset', *but) and (k, v) not in usual} | dict(base=base, weights=_content(self.weights)))
     @property
     def name(self): return f'{Path(self.dataset).name}_{self.backbone}_{self.method}_{self.seed}_{self.key}'
     def __str__(self): return f'{Path(self.dataset).name} {self.backbone} {self.method} seed {self.seed}'
@@ -170,7 +208,8 @@ def make_run(
     base, generator, llava, lora = (base, p.generator, p.llava, p.lora) if train.lambda_t else ('', (), (), ())
     made = p.pretrain if weights == 'captions' or train.lambda_t and not base else None
     return Run(str(dataset), backbone, method, seed, preset, train, p.limit, made, base, generator, weights, llava, lora,
-               _fingerprint(_open(dataset)), code_hash(CODE + ('mllm',)*bool(on.mllm)), get_device(device).type)
+               _fingerprint(_open(dataset)), code_hash(CODE + ('mllm',)*bool(on.mllm)), get_device(device).type,
+               _processes(), tuple((name, _own_code(factory)) for _, name, factory in _own_parts(backbone, base)))
 
 def local_path(
     name: str, # a path, or a name
@@ -227,7 +266,7 @@ def base_classifier(run: Run, out: Path|str, device='auto') -> Path|str: # a sta
             pretrain_classifier(run.backbone, scenes, run.pretrain, file, device, progress=False)
     return file
 
-def _classifier_key(run): return stable_hash([run.backbone, run.pretrain, run.device, _scenes(run)[1], code_hash(('core', 'data', 'classifiers', 'train'))])
+def _classifier_key(run): return stable_hash([run.backbone, run.pretrain, run.device, _scenes(run)[1], code_hash(('core', 'data', 'classifiers', 'train')), *run.parts])
 
 def _llava_key(run): return stable_hash([run.pretrain, run.llava, run.device, _scenes(run)[1], _texts(run), code_hash(('core', 'data', 'rationale', 'train'))])
 
@@ -242,7 +281,7 @@ def base_llava(run: Run, out: Path|str, device='auto') -> Path|str: # the checkp
     return folder
 
 def _sharded(run): # over how many processes the language model's frozen layers are spread
-    return int(os.environ.get('WORLD_SIZE', 1)) if run.train.lambda_t and sharding() else 1
+    return run.processes if run.train.lambda_t and sharding() else 1
 
 def _must_fit(run, generator, classifier, available): # GB; an honest estimate before a long start
     from megl.rationale import memory_advice, memory_estimate
@@ -376,24 +415,29 @@ def execute(
     if finished(): return f'{run}: reused' # seen by all processes of a run
     with FileLock(folder/'lock') if first else nullcontext():
         if finished(): return f'{run}: reused' # by another process, meanwhile
+        if run.processes != _processes(): raise ValueError(f'{run}: defined where {run.processes} train together, here {_processes()} do: call make_run in the processes that train')
         if force and first:
             for p in folder.iterdir():
                 if p.name != 'lock': shutil.rmtree(p) if p.is_dir() else p.unlink()
-        began = time.time(); train, val, test = (_split(run, s) for s in ('train', 'val', 'test'))
+        began = time.time(); train, val, test = (_split(run, s) for s in ('train', 'val', 'test')); last, kept = folder/'last.pt', folder/'predictions.parquet'
+        predicted = not force and last.exists() and kept.exists() and kept.stat().st_mtime_ns >= last.stat().st_mtime_ns # by an attempt whose metrics failed
         model = build_model(run, out, train.classes, device)
         history = fit(model, train, val, run.train, folder, device, progress=False, quiet=True)
         if not first and _sharded(run) == 1: return f'{run}: trained'
-        predictions = predict_dataset(model, test, run.train.eval_batch, bool(run.train.lambda_t)) # by all processes where the layers are sharded
-        if not first: return f'{run}: trained'
         made = provenance()
-        write_predictions(predictions, folder/'predictions.parquet', run_id=run.id, commit=str(made['commit']))
-        history.to_csv(folder/'history.csv', index=False)
-        found = metrics_of(run, out, unfinished=True); seconds = time.time() - began # here, where runs are parallel
-        about = dict(id=run.id, run=asdict(run), seconds=seconds, device=str(get_device(device)), processes=int(os.environ.get('WORLD_SIZE', 1)), **made)
-        card = dict(card={k: v['value'] for k, v in found.items()}, manifest=about, note=f'Measured on the test split of {train.name}: {run}, preset {run.preset}.') # an MLLM has no card
-        model.save_pretrained(folder/'model', **({} if METHODS[run.method].mllm else card))
+        if not predicted:
+            predictions = predict_dataset(model, test, run.train.eval_batch, bool(run.train.lambda_t)) # by all processes where the layers are sharded
+            if first: write_predictions(predictions, kept, run_id=run.id, commit=str(made['commit']))
+        if not first: return f'{run}: trained'
+        history.to_csv(folder/'history.csv', index=False); found = {}
+        try: found = metrics_of(run, out, unfinished=True) # here, where runs are parallel
+        finally: # the model is kept whether they can be computed or not
+            seconds = time.time() - began
+            about = dict(id=run.id, run=asdict(run), seconds=seconds, device=str(get_device(device)), processes=run.processes, **made)
+            card = dict(card={k: v['value'] for k, v in found.items()}, manifest=about, note=f'Measured on the test split of {train.name}: {run}, preset {run.preset}.') # an MLLM has no card
+            model.save_pretrained(folder/'model', **({} if METHODS[run.method].mllm else card))
         write_atomic(folder/'run.json', json.dumps(about, indent=1))
-        (folder/'last.pt').unlink()
+        last.unlink()
     return f'{run}: trained in {seconds:.0f} s'
 
 # %% ../nbs/13_run.ipynb #84a2d3d5
@@ -402,6 +446,10 @@ _KEEP_MEMORY = dict(MALLOC_MMAP_THRESHOLD_=str(2**25), MALLOC_TRIM_THRESHOLD_=st
 def _prepare(base, run, out, device): # a shared part of runs, so that no process waits for another's pre-training
     if get_device(device).type == 'cpu': torch.set_num_threads(1)
     base(run, out, device)
+
+def _knowing(parts, do, *args): # in a process where one's own parts are not registered yet
+    for register, name, factory in parts: register(name, factory)
+    return do(*args)
 
 def execute_all(
     runs: list, # of `Run`
@@ -421,14 +469,15 @@ def execute_all(
     now = getattr(get_active_backend()[0], 'supports_return_generator', False) # else lines come at the end
     os.environ.update({k: os.environ.get(k, v) for k, v in _KEEP_MEMORY.items()})
     parallel = Parallel(n_jobs=jobs, return_as='generator_unordered' if now else 'list')
+    task = lambda do, r, *args: delayed(_knowing)(_own_parts(r.backbone, r.base), do, *args)
     llavas = {(r.dataset, stable_hash([r.pretrain, r.llava, r.limit])): r for r in todo if r.train.lambda_t and not r.base}
     starts = {(r.dataset, r.backbone, stable_hash([r.pretrain, r.limit])): r for r in todo if r.weights == 'captions'}
     llavas, starts = ({key(r): r for r in some.values()} for key, some in ((_llava_key, llavas), (_classifier_key, starts))) # datasets may share them
     if llavas or starts:
         print(f'pre-training (or finding) {len(llavas)} small LLaVA and {len(starts)} small classifiers …', flush=True)
-        list(parallel(delayed(_prepare)(make, r, out, device) for make, some in ((base_llava, llavas), (base_classifier, starts)) for r in some.values())) # the long ones first
+        list(parallel(task(_prepare, r, make, r, out, device) for make, some in ((base_llava, llavas), (base_classifier, starts)) for r in some.values())) # the long ones first
     order = sorted(todo, key=lambda r: -bool(r.train.lambda_t)) # the long ones first
-    for i, line in enumerate(parallel(delayed(execute)(r, out, device, force) for r in order), 1):
+    for i, line in enumerate(parallel(task(execute, r, r, out, device, force) for r in order), 1):
         print(f'[{i}/{len(todo)}] {line} · {time.time()-began:.0f} s so far', flush=True)
 
 # %% ../nbs/13_run.ipynb #be20ae2b
@@ -586,12 +635,15 @@ def experiments() -> dict: # short name → path
     if not found: raise FileNotFoundError(f'no nbs/ at or above {Path.cwd()}: run this inside a clone of the repository')
     return found
 
+class NotebookError(RuntimeError):
+    "A cell of an experiment notebook failed."
+
 def run_notebook(
     name: str, # such as table2
     parameters: dict, # of its parameters cell
     out: str, # the results folder
 ) -> Path: # the executed notebook
-    "Execute an experiment notebook by papermill, its output shown as it comes."
+    "Execute an experiment notebook by papermill, its output shown as it comes. Raises `NotebookError` where a cell fails."
     import papermill as pm
     path = experiments()[choose('experiment', name, experiments())]
     declared = pm.inspect_notebook(path)
@@ -600,7 +652,7 @@ def run_notebook(
     try: pm.execute_notebook(path, done, {**parameters, 'out_dir': str(out)}, cwd=path.parent, kernel_name='python3',
                              progress_bar=False, stdout_file=sys.stdout)
     except pm.PapermillExecutionError as e:
-        raise RuntimeError(f'{path.name}, cell {e.exec_count}: {e.ename}: {e.evalue}\nthe executed notebook, with the traceback: {done}') from None
+        raise NotebookError(f'{path.name}, cell {e.exec_count}: {e.ename}: {e.evalue}\nthe executed notebook, with the traceback: {done}') from None
     return done
 
 # %% ../nbs/13_run.ipynb #32210133
@@ -632,10 +684,13 @@ def _explain(a):
     from megl.data import eval_transform, read_image
     from megl.model import MEGL
     from megl.report import explanation_figure
-    model = MEGL.from_pretrained(a.model, a.base); image = read_image(a.image)
-    e = model.explain(eval_transform(model.classifier.image_size)(image)[None])[0]
+    where, device = local_path(a.model), get_device(a.device); config = Path(where)/'config.json'
+    if config.exists() and 'mllm' in json.loads(config.read_text()):
+        raise ValueError(f'{where}: a language model that names the class itself, without classifier and map (`megl.mllm.MLLM.from_pretrained` reads it): give the folder of a classifier trained by another method')
+    model = MEGL.from_pretrained(where, _base(a.base) if a.base else None).to(device); image = read_image(a.image)
+    e = model.explain(eval_transform(model.image_size)(image)[None].to(device))[0]
     print(f'{e.label} ({e.probability:.2f})' + (f': {e.rationale}' if e.rationale else ''))
-    column = dict(title='map', map=e.map, predicted=e.label, rationale=e.rationale)
+    column = dict(title='map', map=e.map.cpu(), predicted=e.label, rationale=e.rationale)
     explanation_figure([dict(image=image, label=None, annotation=None, columns=[column])]).savefig(a.out, bbox_inches='tight'); print(a.out)
 
 # %% ../nbs/13_run.ipynb #ef21c058
@@ -660,15 +715,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--base', default='', help="LLaVA checkpoint, or VISION,LLM: hub ids or folders (default: the preset's)"); p.add_argument('--weights', default='', help="the classifier's: torchvision's by name, or a file (default: the preset's)")
     add_data_commands(sub.add_parser('data', help='Build, download or check a dataset.').add_subparsers(required=True, metavar='COMMAND'))
     p = add(sub, 'explain', _explain, 'Class, map and rationale of one image.')
-    p.add_argument('image'); p.add_argument('--model', required=True, help='folder written by MEGL.save_pretrained'); p.add_argument('--base', help='where its LLaVA is, if it has moved')
-    p.add_argument('--out', default='explanation.png', help='the figure to write')
+    p.add_argument('image'); p.add_argument('--model', required=True, help='folder written by MEGL.save_pretrained'); p.add_argument('--base', default='', help='where its LLaVA is, if it has moved: as for train')
+    p.add_argument('--device', default='auto'); p.add_argument('--out', default='explanation.png', help='the figure to write')
     return top
 
 def main(args=None):
-    "The `megl` command. An error in what was asked for is one line and exit status 2."
+    "The `megl` command. An error in what was asked for is one line and exit status 2; a failed cell, or a loss that is not finite, is one line and 1; a bug keeps its traceback."
     a = parser().parse_args(args)
     try: sys.exit(a.do(a)) # None is 0
     except (ValueError, OSError) as e: sys.exit(print(f'megl: {e}', file=sys.stderr) or 2)
-    except RuntimeError as e: # a cell of a notebook failed
-        sys.exit(print(f'megl: {e}', file=sys.stderr) or 1)
+    except (NotebookError, FloatingPointError) as e: sys.exit(print(f'megl: {e}', file=sys.stderr) or 1)
     except KeyboardInterrupt: sys.exit(print('\nmegl: interrupted; run the same command again to continue', file=sys.stderr) or 130)

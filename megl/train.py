@@ -13,6 +13,7 @@ import math, os, sys, time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,16 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from .core import get_device, set_seed, stable_hash
+from .core import choose, get_device, set_seed, stable_hash
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
 from .data import collate, eval_transform, train_transform
-from .losses import Imputation, check_finite, megl_loss
+from .losses import VARIANTS, VISUAL, Imputation, check_finite, megl_loss
 from .metrics import visual_metrics
+from .model import ROUTES
 
 # %% ../nbs/10_train.ipynb #2b5beac2
 @dataclass(frozen=True)
@@ -48,11 +50,19 @@ class TrainConfig:
     dc_variant: str = 'kl'     # form of the consistency term; 'per class': the paper's, to the mean map of the sample's class
     map_route: str = 'full'    # the text loss's gradient through the map: 'full', 'held' (channel weights constant), 'cut'
     feature_route: bool = True # the text loss's gradient through the pooled feature
-    accumulate: int = 1        # batches per step
+    accumulate: int = 1        # batches per step, which is that of one batch with all of their samples
     workers: int = 0           # processes that load data; no number depends on it
     eval_batch: int = 64       # samples that are predicted, or explained, at once
     precision: str = 'no'      # 'no', 'bf16', 'fp16': accelerate's mixed precision
     seed: int = 0
+
+    def __post_init__(self): # what could only fail later, or silently
+        for k, options in dict(visual=VISUAL, dc_variant=(*VARIANTS, 'per class'), map_route=ROUTES, precision=('no', 'bf16', 'fp16')).items(): choose(k, getattr(self, k), options)
+        least = dict(epochs=1, batch_size=1, accumulate=1, eval_batch=1, lr_generator=0, weight_decay=0, warmup=0, lambda_t=0, lambda_v=0, lambda_dc=0, workers=0, seed=0)
+        for k, v in least.items():
+            if getattr(self, k) is not None and not getattr(self, k) >= v: raise ValueError(f'{k} is {getattr(self, k)}: it must be at least {v}')
+        for k in ('lr', 'grad_clip'):
+            if not getattr(self, k) > 0: raise ValueError(f'{k} is {getattr(self, k)}: it must be above 0')
 
     @property
     def weight_dc(self): return self.lambda_v if self.lambda_dc is None else self.lambda_dc
@@ -127,13 +137,14 @@ def annotations_of(
 # %% ../nbs/10_train.ipynb #5f3003ad
 def trained_state(model) -> dict: # name → tensor, on the CPU, copied
     "What training can change: all buffers, and all parameters that are not frozen."
-    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad} # a tied weight has two names
     return {k: v.detach().cpu().clone() for k, v in model.state_dict().items() if k not in frozen}
 
 def save_checkpoint(path: Path, **content):
     "Write a checkpoint, whole or not at all."
     tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    torch.save(content, tmp); os.replace(tmp, path)
+    try: torch.save(content, tmp); os.replace(tmp, path)
+    except BaseException: tmp.unlink(missing_ok=True); raise
 
 def load_checkpoint(path: Path) -> dict:
     "Read a checkpoint; a file that cannot be read is an error that says what to do."
@@ -181,50 +192,51 @@ def _prepare_sharded(accelerator, model, optimizer, ddp): # as accelerator.prepa
 def term_shares(
     accelerator: Accelerator,
     model, # MEGL or MLLM
-    annotated: torch.Tensor, # (B,) bool
-    texts: list|None, # B rationales
-) -> dict: # pred, text, visual, dc → how much this process's mean counts; 1 for all in one process
-    "A process's count of what each term is a mean over, against the mean of all processes' counts."
+    group: list, # this process's batches in one step, of `collate`, each with `texts`: B rationales, or None
+) -> list: # a dict a batch: pred, text, visual, dc → how much its mean counts; 1 for all where it is the whole step
+    "A batch's count of what each term is a mean over, against the mean count of all batches and processes in the step."
     names = 'pred', 'text', 'visual', 'dc'
-    if accelerator.num_processes == 1: return dict.fromkeys(names, 1.)
-    g = model.generator # its texts end with one more token
-    tokens = sum(map(len, g.tokenizer([g.space + t for t in texts], add_special_tokens=False).input_ids)) + len(texts) if texts else 1
-    own = torch.tensor([len(annotated), tokens, int(annotated.sum()), int((~annotated).sum())], dtype=torch.float64, device=accelerator.device)
-    share = own/accelerator.reduce(own, 'mean').clamp(min=1e-9)
-    return dict(zip(names, torch.where(own > 0, share, 1.).tolist())) # a term without samples is 0 already
+    if accelerator.num_processes == len(group) == 1: return [dict.fromkeys(names, 1.)]
+    own = torch.tensor([(len(b['labels']), _tokens(model, b), b['annotated'].sum(), (~b['annotated']).sum()) for b in group], dtype=torch.float64); mean = own.mean(0)
+    if accelerator.num_processes > 1: mean = accelerator.reduce(mean.to(accelerator.device), 'mean').cpu()
+    share = torch.where(own > 0, own/mean.clamp(min=1e-9), 1.) # a term without samples is 0 already
+    return [dict(zip(names, s)) for s in share.tolist()]
+
+def _tokens(model, batch): # that the text loss is a mean over: of the rationales, each with its end, and of a language model's answers
+    if not (texts := batch['texts']): return 1
+    g = model.generator; n = sum(map(len, g.tokenizer([g.space + t for t in texts], add_special_tokens=False).input_ids)) + len(texts)
+    return n if hasattr(model, 'classifier') else n + sum(len(model.options[y]) for y in batch['labels'].tolist())
 
 def _epoch(model, wrapped, loader, optimizer, accelerator, config, epoch, mean_map, progress):
     "One epoch; returns the mean of each term."
-    wrapped.train(); sums, n, start, steps = {}, 0, epoch*len(loader), config.epochs*len(loader)
+    wrapped.train(); sums, n, steps = {}, 0, math.ceil(len(loader)/config.accumulate)
     wording = np.random.default_rng([config.seed, epoch, 1]).random(len(loader.dataset)) # which of its rationales a sample gets
-    bar = tqdm(zip(loader.batch_sampler, loader), total=len(loader), desc=f'epoch {epoch+1}', leave=False, disable=not progress)
-    for i, (indices, batch) in enumerate(bar):
-        for g in optimizer.param_groups: g['lr'] = g['initial_lr']*lr_scale(start+i, steps, config.warmup)
-        texts = [r[int(wording[k]*len(r))] for k, r in zip(indices, batch['rationales'])] if config.lambda_t else None
-        labels, images, maps, annotated = (batch[k].to(accelerator.device, non_blocking=True) for k in ('labels', 'images', 'maps', 'annotated'))
-        share = term_shares(accelerator, model, annotated, texts)
-        group = min(config.accumulate, len(loader) - i//config.accumulate*config.accumulate) # batches in this step
-        last = (i+1) % config.accumulate == 0 or i+1 == len(loader)
-        with nullcontext() if last else accelerator.no_sync(wrapped):
-            with accelerator.autocast(): out = wrapped(images, labels, texts, maps=config.needs_maps, map_route=config.map_route, feature_route=config.feature_route)
-            if out.logits is None: total, parts, share['text'] = out.text_loss*share['pred'], dict(text=out.text_loss.detach()), share['pred'] # an MLLM
-            else:
-                target = mean_map if mean_map is None or mean_map.ndim == 2 else mean_map[labels]
-                relative = {k: v/share['pred'] for k, v in share.items()}
-                total, parts = megl_loss(out.logits.float(), labels, out.maps, maps, annotated, target, out.text_loss, config.lambda_t*relative['text'],
-                                         config.lambda_v*relative['visual'], config.weight_dc*relative['dc'], _variant(config),
-                                         visual=config.visual, imputation=getattr(model, 'imputation', None))
-                total = total*share['pred']
-            if not total.isfinite(): check_finite(parts, start+i)
-            accelerator.backward(total/group)
-        if last:
-            accelerator.unscale_gradients()
-            for part in model.children(): torch.nn.utils.clip_grad_norm_(part.parameters(), config.grad_clip)
-            optimizer.step(); optimizer.zero_grad()
-        parts = {k: v*share[k] for k, v in parts.items()} | dict(loss=total.detach())
-        if out.alive is not None: parts['dead'] = (~out.alive).float().mean()*share['pred']
-        for k, v in parts.items(): sums[k] = sums.get(k, 0.) + v.float()*len(labels)/share['pred'] # this and the others' mean is the whole batch's
-        n += len(labels)/share['pred']
+    batches = iter(tqdm(zip(loader.batch_sampler, loader), total=len(loader), desc=f'epoch {epoch+1}', leave=False, disable=not progress))
+    for step in range(epoch*steps, (epoch+1)*steps):
+        for g in optimizer.param_groups: g['lr'] = g['initial_lr']*lr_scale(step, config.epochs*steps, config.warmup)
+        group = [dict(batch, texts=[r[int(wording[k]*len(r))] for k, r in zip(indices, batch['rationales'])] if config.lambda_t else None)
+                 for indices, batch in islice(batches, config.accumulate)]
+        for i, (batch, share) in enumerate(zip(group, term_shares(accelerator, model, group))):
+            labels, images, maps, annotated = (batch[k].to(accelerator.device, non_blocking=True) for k in ('labels', 'images', 'maps', 'annotated'))
+            with nullcontext() if i+1 == len(group) else accelerator.no_sync(wrapped):
+                with accelerator.autocast(): out = wrapped(images, labels, batch['texts'], maps=config.needs_maps, map_route=config.map_route, feature_route=config.feature_route)
+                if out.logits is None: total, parts = out.text_loss*share['text'], dict(text=out.text_loss.detach()) # an MLLM
+                else:
+                    target = mean_map if mean_map is None or mean_map.ndim == 2 else mean_map[labels]
+                    relative = {k: v/share['pred'] for k, v in share.items()}
+                    total, parts = megl_loss(out.logits.float(), labels, out.maps, maps, annotated, target, out.text_loss, config.lambda_t*relative['text'],
+                                             config.lambda_v*relative['visual'], config.weight_dc*relative['dc'], _variant(config),
+                                             visual=config.visual, imputation=getattr(model, 'imputation', None))
+                    total = total*share['pred']
+                if not total.isfinite(): check_finite(parts, step)
+                accelerator.backward(total/len(group))
+            parts = {k: v*share[k] for k, v in parts.items()} | dict(loss=total.detach())
+            if out.alive is not None: parts['dead'] = (~out.alive).float().mean()*share['pred']
+            for k, v in parts.items(): sums[k] = sums.get(k, 0.) + v.float()*len(labels)/share['pred'] # this and the others' mean is the whole step's
+            n += len(labels)/share['pred']
+        accelerator.unscale_gradients()
+        for part in model.children(): torch.nn.utils.clip_grad_norm_(part.parameters(), config.grad_clip)
+        optimizer.step(); optimizer.zero_grad()
     return {k: float(accelerator.reduce(v/n, 'mean')) for k, v in sums.items()}
 
 def _variant(config): return 'kl' if config.dc_variant == 'per class' else config.dc_variant
@@ -236,11 +248,18 @@ def _consistency_target(train, grid, config): # (h, w), (C, h, w), or None where
 def _from_first(accelerator, x): # the first process's object, in all of them
     return broadcast_object_list([x])[0] if accelerator.num_processes > 1 else x
 
-def _resume(path, config, model, optimizer, accelerator): # the state of an unfinished run, or a fresh one
+def _identity(model, train, val, config, world): # what a checkpoint belongs to
+    data = lambda ds: stable_hash([ds.fingerprint, [r['id'] for r in ds.records]])
+    trained = stable_hash([[n, list(p.shape)] for n, p in model.named_parameters() if p.requires_grad])
+    return {'config': stable_hash(config), 'training data': data(train), 'validation data': data(val), 'class names': stable_hash(train.classes),
+            'trained parameters': trained, 'number of processes': world}
+
+def _resume(path, own, model, optimizer, accelerator): # the state of a run of this identity, or a fresh one
     fresh = dict(epoch=0, best=None, history=[])
     found = _from_first(accelerator, path is not None and accelerator.is_main_process and path.exists() and load_checkpoint(path))
     if not found: return fresh
-    if found['config'] != stable_hash(config): raise ValueError(f'{path}: belongs to a run with another config: delete it or use another folder')
+    of = found.get('of', {}); differs = [f"{k} {of.get(k, 'not recorded')} (here {v})" for k, v in own.items() if of.get(k) != v]
+    if differs: raise ValueError(f"{path}: belongs to another run, {', '.join(differs)}: go on with what it belongs to, delete it, or use another folder")
     model.load_state_dict(found['model'], strict=False); optimizer.load_state_dict(found['optimizer'])
     if accelerator.scaler and found.get('scaler'): accelerator.scaler.load_state_dict(found['scaler']) # fp16's
     return {k: found[k] for k in fresh}
@@ -250,59 +269,66 @@ def fit(
     train, # Dataset, the training split
     val, # Dataset, the validation split
     config: TrainConfig,
-    folder: Path|str|None = None, # the checkpoint goes here; an unfinished run found here is continued
+    folder: Path|str|None = None, # the checkpoint goes here; the same run found here, unfinished, is continued
     device: str = 'auto',
     progress: bool|None = None, # progress bar; None: in a terminal
     quiet: bool = False, # print no line per epoch
 ) -> pd.DataFrame: # one row an epoch
-    "Train `model` in place and leave it with its best weights. Raises `FloatingPointError` where a term is not finite."
+    """Train `model` in place and leave it with its best weights. Where the folder's checkpoint is of the same run and complete, that is all.
+    Raises `FloatingPointError` where a term is not finite, `ValueError` where the checkpoint belongs to another run."""
     if config.lambda_t and model.generator is None: raise ValueError('lambda_t is above 0 but the model has no generator')
+    for name, ds in (('training', train), ('validation', val)):
+        if not len(ds): raise ValueError(f'no {name} samples: fit needs at least one')
     progress = sys.stderr.isatty() if progress is None else progress
     set_seed(config.seed); device, shard = get_device(device), sharding() # before accelerate looks for the launcher's flag
     if device.type == 'cuda' and device.index is not None: torch.cuda.set_device(device)
     if not torch.distributed.is_initialized(): AcceleratorState._reset_state(True) # an earlier run of this process may have used another device
     unused = DistributedDataParallelKwargs(find_unused_parameters=model.generator is not None and not config.lambda_t)
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=2)) # the others wait while the first process evaluates
-    accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision=config.precision, kwargs_handlers=[unused, patient])
+    once = GradientAccumulationPlugin(num_steps=1) # or the launcher's environment would divide the losses too
+    accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision=config.precision, gradient_accumulation_plugin=once, kwargs_handlers=[unused, patient])
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     shard = shard and world > 1 and model.generator is not None and model.generator.tuned
     train = train.with_transform(train_transform(model.image_size))
     batches = EpochBatches(len(train), config.batch_size, config.seed, rank, world)
     loader = DataLoader(train, batch_sampler=batches, collate_fn=collate, num_workers=config.workers, pin_memory=device.type == 'cuda',
                         persistent_workers=config.workers > 0)
-    grid = getattr(getattr(model, 'classifier', None), 'grid', None)
+    grid, wrapped = getattr(getattr(model, 'classifier', None), 'grid', None), model
     if config.visual == 'res-l': model.imputation = Imputation(model.image_size//grid[0]).to(device) # trained along, not part of the classifier
-    mean_map = _consistency_target(train, grid, config); mean_map = None if mean_map is None else mean_map.to(accelerator.device)
-    if shard: shard_frozen(model, accelerator.device)
-    optimizer = torch.optim.AdamW(param_groups(model, config))
-    for g in optimizer.param_groups: g['initial_lr'] = g['lr']
-    wrapped, optimizer = _prepare_sharded(accelerator, model, optimizer, unused) if shard else accelerator.prepare(model, optimizer)
-    path = None if folder is None else Path(folder)/'last.pt'
-    if path is not None: path.parent.mkdir(parents=True, exist_ok=True)
-    state, annotations = _resume(path, config, model, optimizer, accelerator), annotations_of(val)
-    for epoch in range(state['epoch'], config.epochs):
-        began = time.time(); set_seed(int(stable_hash([config.seed, epoch, rank]), 16) % 2**31)
-        batches.epoch = epoch; train.at_epoch(config.seed, epoch)
-        row = dict(epoch=epoch+1, **_epoch(model, wrapped, loader, optimizer, accelerator, config, epoch, mean_map, progress))
-        state['epoch'] = epoch+1
-        together = shard and not hasattr(model, 'classifier') # sharded layers answer only where all processes ask
-        if main or together: p = predict_dataset(model, val, config.eval_batch)
-        if main:
-            seen = maps_of(p)
-            row['val_accuracy'] = float((p.label == p.predicted).mean())
-            if seen: row['val_miou'] = float(visual_metrics(seen, annotations)['miou'])
-            if state['best'] is None or row['val_accuracy'] >= state['best']['accuracy']:
-                state['best'] = dict(accuracy=row['val_accuracy'], epoch=epoch+1, model=trained_state(model))
-            state['history'].append({**row, 'seconds': time.time()-began})
-            if path is not None: save_checkpoint(path, **state, config=stable_hash(config), model=trained_state(model), optimizer=optimizer.state_dict(),
-                                                 scaler=accelerator.scaler and accelerator.scaler.state_dict())
-            if not quiet: print(_line(state['history'][-1], config))
-        accelerator.wait_for_everyone()
-    state = _from_first(accelerator, state)
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False); vars(model).pop('_is_accelerate_prepared', None) # as it was before
-    model.load_state_dict(state['best']['model'], strict=False)
-    if config.visual == 'res-l': del model.imputation
-    return pd.DataFrame(state['history'])
+    try:
+        mean_map = _consistency_target(train, grid, config); mean_map = None if mean_map is None else mean_map.to(accelerator.device)
+        if shard: shard_frozen(model, accelerator.device)
+        optimizer = torch.optim.AdamW(param_groups(model, config)); optimizer.zero_grad() # what an interrupted step, or anyone, left there
+        for g in optimizer.param_groups: g['initial_lr'] = g['lr']
+        wrapped, optimizer = _prepare_sharded(accelerator, model, optimizer, unused) if shard else accelerator.prepare(model, optimizer)
+        path = None if folder is None else Path(folder)/'last.pt'
+        if path is not None: path.parent.mkdir(parents=True, exist_ok=True)
+        own = _identity(model, train, val, config, world); state = _resume(path, own, model, optimizer, accelerator)
+        annotations = annotations_of(val) if main and hasattr(model, 'classifier') else None # read once, where they are compared
+        for epoch in range(state['epoch'], config.epochs):
+            began = time.time(); set_seed(int(stable_hash([config.seed, epoch, rank]), 16) % 2**31)
+            batches.epoch = epoch; train.at_epoch(config.seed, epoch)
+            row = dict(epoch=epoch+1, **_epoch(model, wrapped, loader, optimizer, accelerator, config, epoch, mean_map, progress))
+            state['epoch'] = epoch+1
+            together = shard and not hasattr(model, 'classifier') # sharded layers answer only where all processes ask
+            if main or together: p = predict_dataset(model, val, config.eval_batch)
+            if main:
+                seen = maps_of(p)
+                row['val_accuracy'] = float((p.label == p.predicted).mean())
+                if seen: row['val_miou'] = float(visual_metrics(seen, annotations)['miou'])
+                if state['best'] is None or row['val_accuracy'] >= state['best']['accuracy']:
+                    state['best'] = dict(accuracy=row['val_accuracy'], epoch=epoch+1, model=trained_state(model))
+                state['history'].append({**row, 'seconds': time.time()-began})
+                if path is not None: save_checkpoint(path, **state, of=own, model=trained_state(model), optimizer=optimizer.state_dict(),
+                                                     scaler=accelerator.scaler and accelerator.scaler.state_dict())
+                if not quiet: print(_line(state['history'][-1], config))
+            accelerator.wait_for_everyone()
+        state = _from_first(accelerator, state)
+        model.load_state_dict(state['best']['model'], strict=False)
+        return pd.DataFrame(state['history'])
+    finally: # the model is as it was before, but for its weights, also where this was interrupted
+        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False); vars(model).pop('_is_accelerate_prepared', None)
+        if config.visual == 'res-l': del model.imputation
 
 def _line(r, config):
     terms = ' '.join(f'{k} {r[k]:.3f}' for k, w in (('pred', 1), ('text', config.lambda_t), ('visual', config.lambda_v), ('dc', config.weight_dc)) if w and k in r)

@@ -28,6 +28,7 @@ import megl.train
 from megl.classifiers import ViT
 from megl.core import set_seed
 from megl.data import load_dataset
+from megl.mllm import MLLM
 from megl.model import MEGL
 from megl.rationale import RationaleGenerator, lora_config
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -47,20 +48,22 @@ def watch(name, kept, of=lambda args, result: result): # what a function of the 
     f = getattr(megl.train, name)
     def watched(*args, **kw): result = f(*args, **kw); kept.append(of(args, result)); return result
     setattr(megl.train, name, watched)
-watch('term_shares', shares, lambda args, result: dict(result, annotated=int(args[2].sum())))
+watch('term_shares', shares, lambda args, result: sum(int(b['annotated'].sum()) for b in args[2]))
 watch('_consistency_target', means); watch('save_checkpoint', written, lambda args, result: str(args[0]))
 
-def run(**options):
+def run(mllm=False, **options):
     set_seed(0); texts = [t for r in train.records for t in r['rationales']]
     classifier = ViT(48, 8, 2, 4, 64, 128, num_classes=len(train.classes)) # as ViT-B/16, without BatchNorm
-    model = MEGL(classifier, RationaleGenerator.from_config(texts, classifier.head.in_features, lora=lora_config(r=4, lora_dropout=0.)), train.classes)
+    generator = RationaleGenerator.from_config(texts, 1 if mllm else classifier.head.in_features, lora=lora_config(r=4, lora_dropout=0.))
+    model = MLLM(generator, train.classes) if mllm else MEGL(classifier, generator, train.classes)
     for kept in (gradients, shares, means, written): kept.clear()
-    config = megl.train.TrainConfig(epochs=2, batch_size=batch_size, lr=1e-3, lr_generator=1e-3, grad_clip=1e6, lambda_t=1., lambda_v=1., **options)
-    history = megl.train.fit(model, train, val, config, f"{folder}/{'-'.join(options)}", device='cpu', quiet=True)
+    options = dict(batch_size=batch_size) | options; name = '-'.join(f'{k}-{v}' for k, v in options.items())
+    config = megl.train.TrainConfig(epochs=2, lr=1e-3, lr_generator=1e-3, grad_clip=1e6, lambda_t=1., lambda_v=0. if mllm else 1., **options)
+    history = megl.train.fit(model, train, val, config, f'{folder}/{name}-{mllm}', device='cpu', quiet=True)
     return dict(history=history.drop(columns='seconds').to_dict('list'), gradients=[*gradients], shares=[*shares], mean=means[0], written=[*written],
                 weights=list(megl.train.trained_state(model).values()))
 
-found = [run(), run(accumulate=2)]
+found = [run(), run(accumulate=2), run(batch_size=2*batch_size), run(mllm=True)]
 torch.save(found, f"{folder}/{torch.distributed.get_rank() if torch.distributed.is_initialized() else 0}.pt")
 '''
 
@@ -69,17 +72,20 @@ def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path):
     call('python', script, tmp_path/'one', 16)
     call('torchrun', '--standalone', '--nproc_per_node', 2, script, tmp_path/'two', 8)
     one, first, second = (torch.load(tmp_path/f, weights_only=True) for f in ('one/0.pt', 'two/0.pt', 'two/1.pt'))
-    spread = [(a['annotated'], b['annotated']) for a, b in zip(first[0]['shares'], second[0]['shares'])]
+    spread = [*zip(first[0]['shares'], second[0]['shares'])]
     assert any(a != b for a, b in spread) and any(0 in s and sum(s) for s in spread), f'annotated samples are spread evenly: {spread}'
-    for o, a, b in zip(one, first, second): # a step a batch; a step of the full and the last, uneven batch
-        assert a['history'] == b['history'] and o['history'].keys() == a['history'].keys()
-        assert {'pred', 'text', 'visual', 'dc', 'loss', 'val_accuracy', 'val_miou'} < a['history'].keys()
+    def agree(o, a):
         for k, curve in o['history'].items(): assert differ(curve, a['history'][k]) <= 1e-5 or curve == a['history'][k], k
         assert max(differ([x], [y]) for x, y in zip(o['gradients'][0], a['gradients'][0])) <= 1e-5 # of each parameter
         assert differ(o['weights'], a['weights']) <= 1e-5 and len(o['gradients']) == len(a['gradients'])
+    for o, a, b in zip(one, first, second): # a step a batch; a step of the full and the last, uneven batch; of both in one; a language model alone
+        assert a['history'] == b['history'] and o['history'].keys() == a['history'].keys()
+        assert {'text', 'loss', 'val_accuracy', *(() if o is one[3] else ('pred', 'visual', 'dc', 'val_miou'))} < a['history'].keys()
+        agree(o, a)
         assert all(map(torch.equal, sum(a['gradients'], a['weights']), sum(b['gradients'], b['weights']))) # in both processes
-        assert torch.equal(o['mean'], a['mean']) and torch.equal(o['mean'], b['mean'])
+        assert o['mean'] is a['mean'] is b['mean'] is None if o is one[3] else torch.equal(o['mean'], a['mean']) and torch.equal(o['mean'], b['mean'])
         assert len(a['written']) == 2 and not b['written'] # the first process alone writes
+    agree(one[1], one[2]); agree(first[1], first[2]) # accumulated batches are one large batch
 
 # The frozen layers, spread over two processes
 

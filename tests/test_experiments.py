@@ -97,7 +97,7 @@ def test_from_a_coco_folder_to_an_explained_image(coco):
     call('megl', 'run', 'figure1', '-p', 'dataset', coco/'data', '-p', 'device', 'cpu', '--out-dir', coco/'out')
     assert (coco/'out'/'figures'/'figure1.png').stat().st_size > 10_000
     model = next(p.parent for p in coco.glob('out/runs/*/model/generator'))
-    said = call('megl', 'explain', coco/'images'/'0.png', '--model', model, '--out', coco/'why.png')
+    said = call('megl', 'explain', coco/'images'/'0.png', '--model', model, '--device', 'cpu', '--out', coco/'why.png')
     assert said.stdout.split(' ')[0] in ('left', 'right') and (coco/'why.png').exists()
 
 @pytest.mark.parametrize('backbone', ['resnet18', 'vit_b_16'])
