@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from joblib import Parallel, delayed
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from .data import DataError, FORMATS, SPLITS, _check_record, _counts, _lines, _parse, _read_info, read_map
+from .data import DataError, FORMATS, SPLITS, _check_record, _counts, _lines, _parse, _read_info, _rgb, read_map
 from .sources import _fits, find_twins, read_json, thumbnail
 
 # %% ../nbs/14_check.ipynb #9e53a2b1
@@ -85,8 +85,9 @@ def _read_picture(path): # bytes, thumbnail and size; a DataError says what is w
         with Image.open(path, formats=FORMATS) as im:
             if im.width*im.height > (Image.MAX_IMAGE_PIXELS or np.inf): raise ValueError('too many pixels')
             if im.mode[0] in 'IF': raise ValueError(f'more than 8 bits a channel ({im.mode})')
-            size, turned = im.size, im.getexif().get(0x0112, 1) >= 5; im.draft('L', (64, 64)); im.load()
-            return content, thumbnail(im), size[::-1] if turned else size
+            size, turn = im.size, im.getexif().get(0x0112, 1); im.draft('L', (64, 64)); im.load()
+            if turn != 1: im = ImageOps.exif_transpose(im) # upright, as the loader and the builders see it
+            return content, thumbnail(im if im.mode == 'L' else _rgb(im)), size[::-1] if turn in range(5, 9) else size
     except Exception as e: # Pillow raises many kinds
         raise DataError(f'{path.name}: cannot be decoded ({e})') from None
 
@@ -142,6 +143,7 @@ def _check_classes(classes, records, report): # what can be learnt and tested
     report.counts = {s: {k: n for k, n in c.items() if k != 'text'} for s, c in _counts(records).items()}
     for s in 'train', 'val', 'test':
         if not splits[s]: report.errors['split without samples'].append(s)
+    if len(seen := {r['label'] for r in records}) == 1: report.errors['one class only'] += seen
     count = {s: Counter(r['label'] for r in rs) for s, rs in splits.items()}
     for c in classes:
         used = [s for s in ('val', 'test') if count[s][c]]

@@ -57,6 +57,9 @@ def _open(path): # a PIL image, fully decoded, or a DataError
         problem = f'cannot be decoded as an image ({e}): replace it or remove its line'
     raise DataError(f'{path}: {problem}')
 
+def _rgb(im): # an RGB image; a palette goes by RGBA, else Pillow warns of transparency
+    return (im.convert('RGBA') if im.mode == 'P' else im).convert('RGB')
+
 def read_image(
     path: Path|str, # a picture in any format Pillow reads
 ) -> tv_tensors.Image: # (3, H, W) uint8, RGB, upright
@@ -65,7 +68,7 @@ def read_image(
     if im.mode[0] in 'IF': raise DataError(f'{path}: has more than 8 bits a channel ({im.mode}): save it with 8')
     try:
         if im.getexif().get(0x0112, 1) != 1: im = ImageOps.exif_transpose(im)
-        pixels = np.array(im.convert('RGB'))
+        pixels = np.array(_rgb(im))
     except Exception as e: # a broken EXIF block, or a colour space that has no way to RGB
         raise DataError(f'{path}: cannot be turned to upright RGB ({e}): save it anew or remove its line') from None
     return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
@@ -202,8 +205,8 @@ class _Writer:
         for d in 'images', 'maps': (folder/d).mkdir()
 
     def _stem(self, id): # a file name for a sample: its id, if that can be one
-        stem = base = re.sub(r'[^\w-]+', '_', id, flags=re.ASCII)
-        while stem.lower() in self.taken: stem = f'{base}-{len(self.taken)}'
+        stem = base = re.sub(r'[^\w-]+', '_', id, flags=re.ASCII)[:200]; n = len(self.taken)
+        while stem.lower() in self.taken: stem, n = f'{base}-{n}', n + 1
         self.taken.add(stem.lower()); return stem
 
     def _put(self, name, content): (self.folder/name).write_bytes(content); return name

@@ -12,6 +12,7 @@ __all__ = ['VQA_FORMS', 'ACT_FORMS', 'NUMBERS', 'AUXILIARY', 'COLOURS', 'KINDS',
 import os, re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from .core import choose
@@ -180,6 +181,9 @@ def _singular(names): # plural → singular, where both are there
 def _keep_frequent(pictures, excluded, classes, top, min_count): # the selection of the classes wanted
     if classes is None and top < 1: raise DataError(f'top is {top}: give at least 1')
     count = Counter(c for c, _ in pictures.values())
+    if classes not in (None, OBJECT_CLASSES) and (lost := [c for c in classes if c not in count]): # a source may lack shipped ones
+        near = ', '.join(f"{c!r} (the closest are {', '.join(get_close_matches(c, count, 3, 0))})" for c in lost[:5])
+        raise DataError(f'{len(lost)} of {len(classes)} classes have no picture: {near}: correct their names or leave them out')
     frequent = sorted((c for c in count if count[c] >= min_count), key=lambda c: (-count[c], c))[:top]
     wanted = set(frequent if classes is None else classes)
     rare = [i.id for c, items in pictures.values() if c not in wanted for i in items]

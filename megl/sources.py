@@ -19,7 +19,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from .core import choose, write_atomic
+from .core import choose, stable_hash, write_atomic
 from .data import DataError, SPLITS, _inside, _lines, _load_array, _parse, _refuse_existing, load_dataset, read_image
 from .data import split_by_group, write_dataset
 
@@ -128,11 +128,12 @@ def _finish(out, found, samples, skipped, min_count, seed, annotated, to_array, 
         raise DataError(f'{out}: nothing to write, all {found} pictures were skipped: '
                         + '; '.join(f'{len(v)} {k}' for k, v in skipped.items()))
     try: twins = _assign(kept, seed, annotated)
+    except DataError: raise # it has its own remedy
     except ValueError as e: raise DataError(f'{out}: {e}: lower min_count is no help, more pictures are') from None
-    histogram = dict(Counter(s['label'] for s in kept).most_common())
+    histogram = dict(Counter(s['label'] for s in kept).most_common()); mixed = sorted(kept, key=lambda s: stable_hash(s['id']))
     lines = ({k: v for k, v in s.items() if k not in ('name', 'thumb', 'digest')}
              | dict(map=None if s['map'] is None else to_array(s['map']))
-             for s in tqdm(kept, desc='writing', disable=None))
+             for s in tqdm(mixed, desc='writing', disable=None))
     notes = [f'skipped {len(v)}: {k}' for k, v in skipped.items()]
     notes += [f'{len(twins)} pairs of near duplicates kept in one split']*bool(twins)
     notes += [f"not there: {', '.join(absent)}"]*bool(absent)
@@ -390,7 +391,9 @@ def build_rows(
             pixels = read_image(r['image']); maps, other = _of_one_size(r.get('map') or [], *pixels.shape[1:])
             if maps and read_annotators(maps) is None: maps = None; ignored['maps that are zero everywhere'] += 1
         except DataError as e:
-            if not skip_broken: raise DataError(f'{e}; or let the builder skip what is broken (skip_broken)') from None
+            if not skip_broken: # a file of a hub dataset has a name of ours: say whose it is
+                whose = '' if r['name'] in str(e) else f"{r['name']}: "
+                raise DataError(f'{whose}{e}; or let the builder skip what is broken (skip_broken)') from None
             there = all(map(os.path.isfile, r.get('map') or []))
             skipped.setdefault('broken picture or map' if there else 'missing map', []).append(r['name']); continue
         if other: ignored['maps of another size than the first of their picture'] += other
@@ -416,7 +419,7 @@ def _table_rows(path): # the rows of a CSV or JSON Lines file, one after the oth
             yield r
     else:
         try:
-            with open(path, encoding='utf-8-sig', newline='') as f: yield from csv.DictReader(f)
+            with open(path, encoding='utf-8-sig', newline='') as f: yield from csv.DictReader(f, skipinitialspace=True)
         except (UnicodeError, csv.Error) as e: raise DataError(f'{path}: is not a table in UTF-8 ({e})') from None
 
 def _read_table(path): # the rows, columns by our names
@@ -427,28 +430,31 @@ def _read_table(path): # the rows, columns by our names
             raise DataError(f'{path}: its columns are separated by {other[0]!r}: save it with commas')
         if None in r: raise DataError(f'{path}: row {n} has more columns than the header: quote texts with commas')
         rows.append(r)
+    if not rows: raise DataError(f'{path}: holds no row: write one for each picture')
     names = {ours: next((t for t in theirs if any(t in r for r in rows)), None) for ours, theirs in COLUMNS.items()}
     for k in 'file_name', 'label':
-        if rows and names[k] is None:
+        if names[k] is None:
             raise DataError(f"{path}: has no column {k!r} (or {', '.join(COLUMNS[k][1:])}): add it")
     return [{ours: r.get(t) for ours, t in names.items() if t} for r in rows]
 
 def _texts(value, template, label): # the rationales in a cell of a table
     texts = value if isinstance(value, list) else str(value or '').split('|')
     texts = [' '.join(str(t).split()) for t in texts if t and str(t).strip()]
-    return list(dict.fromkeys(texts)) or ([template.replace('{label}', label)] if template else [])
+    return list(dict.fromkeys(texts)) or ([template.replace('{label}', label)] if template.strip() else [])
 
-def _folder_rows(folder, table): # rows of a folder, from its table or its subfolders
+def _folder_rows(folder, table): # rows of a folder, from its table or its subfolders; other files in those
     table = Path(table) if table else next((folder/t for t in TABLES if (folder/t).is_file()), None)
     if table and not table.is_file():
         raise DataError(f'{table}: no such file: give the path of a CSV or JSON Lines file')
-    if table: return _read_table(table)
-    files = (p.relative_to(folder) for p in sorted(folder.glob('*/*')) if p.suffix.lower() in IMAGES)
-    return [dict(file_name=str(p), label=p.parts[0]) for p in files]
+    if table: return _read_table(table), 0
+    files = [p.relative_to(folder) for p in sorted(folder.glob('*/*')) if not p.is_dir()]
+    rows = [dict(file_name=str(p), label=p.parts[0]) for p in files if p.suffix.lower() in IMAGES]
+    return rows, len(files) - len(rows)
 
-def _cell(r, k, where): # a cell as text, '' if it is empty
+def _cell(r, k, where): # a cell as text, '' if it is empty; spaces around it count in file names only
     kinds = (str, int, float) if k in ('label', 'id', 'group') else str
-    if (v := r.get(k)) is None or isinstance(v, kinds): return '' if v is None else str(v)
+    if (v := r.get(k)) is None or isinstance(v, kinds):
+        return '' if v is None else str(v) if k in ('file_name', 'map_file') else str(v).strip()
     raise DataError(f"{where}: {' or '.join(COLUMNS[k])} is {v!r:.60}: it must be a text")
 
 def _located(root, name, where): # root/name, which stays inside; a missing file is for `build_rows` to count
@@ -458,7 +464,7 @@ def _located(root, name, where): # root/name, which stays inside; a missing file
 def _folder_row(folder, n, r, template, table): # a row of `build_rows`
     where = f'{table or folder}: row {n + 1}'; name, label, amap, split, id, group = (
         _cell(r, k, where) for k in ('file_name', 'label', 'map_file', 'split', 'id', 'group'))
-    if not name or not label.strip(): raise DataError(f'{where}: file_name or label is empty: fill it')
+    if not name or not label: raise DataError(f'{where}: file_name or label is empty: fill it')
     if (split := split.replace('validation', 'val')) and split not in SPLITS:
         raise DataError(f"{where}: unknown split {split!r}: use {', '.join(SPLITS)}, or leave the column empty")
     value = r.get('rationales')
@@ -493,11 +499,12 @@ def build_folder(
     seed: int = 0, # seed of the split, where the table has none
 ) -> BuildReport: # what was kept and skipped
     "Make a dataset from your own pictures. Raises `DataError` before anything is written."
-    folder = Path(folder); rows = _folder_rows(folder, table)
+    folder = Path(folder); rows, other = _folder_rows(folder, table)
     if not rows: raise DataError(f'{folder}: holds neither a table ({", ".join(TABLES)}) nor subfolders with pictures')
     rows = [_folder_row(folder, n, r, template, table) for n, r in enumerate(rows)]; _check_rows(rows, table or folder)
     where = f'put them into {folder}, or let the builder skip them (skip_broken)'
     return build_rows(rows, out, {}, where, min_count, annotated, skip_broken, seed, licence=lambda _: licence,
+                      ignored={f"files in the subfolders that are none of {', '.join(IMAGES)}": other} if other else None,
                       source=f'folder {folder.name}', builder=f'build_folder min_count={min_count} '
                       f'annotated={annotated} seed={seed} splits={"given" if "split" in rows[0] else "made"}')
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 from megl.check import check
-from megl.core import sha256
+from megl.core import sha256, stable_hash
 from megl.data import TOY, DataError, Dataset, load_dataset
 from megl.me import build_action_me, build_export, build_object_me
 from megl.sources import build_coco, build_folder, build_hub, find_twins, thumbnail
@@ -113,6 +113,8 @@ def test_no_test_picture_is_trained_on(build, tmp_path):
     records = load_dataset(tmp_path/'out').records
     assert [r['map_file'] is not None for r in records] == [True]*N
     assert sum(n['samples'] for n in report.splits.values()) == N and len(report.splits) == 3
+    ids = [r['id'] for r in records]
+    assert ids == sorted(ids, key=stable_hash) # in an order that mixes the classes, however the source is sorted
     again = build(tmp_path/'again')
     assert load_dataset(again.root).fingerprint == load_dataset(report.root).fingerprint # the same bytes each time
     few = load_dataset(build(tmp_path/'few', annotated=.1).root).records
