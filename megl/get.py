@@ -183,7 +183,8 @@ def unpack(
             folder.mkdir(parents=True, exist_ok=True)
             if (free := shutil.disk_usage(folder).free) < total:
                 raise DataError(f'{path}: needs {total/1e9:.1f} GB, {free/1e9:.1f} GB are free in {folder}: make room')
-            archive.extractall(folder, **({} if path.suffix == '.zip' else dict(filter='data')))
+            second = path.suffix != '.zip' and hasattr(tarfile, 'data_filter') # tarfile's own check, from Python 3.11.4 on
+            archive.extractall(folder, **(dict(filter='data') if second else {}))
     except (NotImplementedError, RuntimeError) as e: # of zipfile: an unknown method, encryption
         raise DataError(f'{path}: cannot be unpacked here ({e}): unpack it by hand into {folder}') from None
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError) as e:

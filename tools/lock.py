@@ -4,6 +4,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name as canonical
 
 root = Path(__file__).parent.parent
@@ -11,9 +12,10 @@ HEADER = '''# The exact versions behind the committed numbers, written by `make 
 # torch is named without its build (CPU or CUDA); pip takes the one that its index offers for the machine.
 '''
 
+config = ConfigParser()
+config.read(root/'settings.ini', encoding='utf-8')
+
 def requirements(): # list of str: the requirements of settings.ini, for use and for development
-    config = ConfigParser()
-    config.read(root/'settings.ini', encoding='utf-8')
     return (config['DEFAULT']['requirements'] + ' ' + config['DEFAULT']['dev_requirements']).split()
 
 def closure(names): # dict canonical name → version of all that `names` need here, themselves included
@@ -32,5 +34,8 @@ def closure(names): # dict canonical name → version of all that `names` need h
 if __name__ == '__main__':
     pins = closure(requirements())
     for build_tool in ('pip', 'setuptools', 'wheel'): pins.pop(build_tool, None)
+    lowest = config['DEFAULT']['min_python'] + '.0' # some releases need a later patch of it than distributions have
+    late = [n for n in pins if not SpecifierSet(distribution(n).metadata['Requires-Python'] or '').contains(lowest)]
+    if late: raise SystemExit(f"Python {lowest} cannot install {', '.join(f'{n}=={pins[n]}' for n in late)}: install an older release here and run make lock again")
     (root/'requirements.lock').write_text(HEADER + ''.join(f'{n}=={v}\n' for n, v in sorted(pins.items())))
     print(f'requirements.lock: {len(pins)} packages')
