@@ -434,7 +434,7 @@ def to_latex(
 def _file_name(name):
     if not re.fullmatch(r'[\w-]+', name): raise ValueError(f'use a name of letters, digits, - and _, not {name!r}')
 
-_HEADS = dict(variant='', p='p (larger of images, seeds)', p_images='p, images', p_bootstrap='p, bootstrap', p_t='p, seeds (t)', p_holm='p, Holm', p_seeds='p, seeds (sign flips)', p_min='smallest such p', effect="Cohen's d_z",
+_HEADS = dict(p='p (larger of images, seeds)', p_images='p, images', p_bootstrap='p, bootstrap', p_t='p, seeds (t)', p_holm='p, Holm', p_seeds='p, seeds (sign flips)', p_min='smallest such p', effect="Cohen's d_z",
               low='95 % from', high='95 % to', p_claim='p, Holm in the claim') # of columns whose key says too little
 
 def readable(

@@ -2,11 +2,12 @@
 import ast, json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from hashlib import sha256
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import metadata, packages_distributions, version
 from pathlib import Path
 
 import nbformat, papermill, pytest, yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name as canonical
 
 ROOT = Path(__file__).parent.parent
@@ -145,6 +146,8 @@ def test_the_lock_pins_what_settings_ask_for():
     assert len(pins) == len(lock) and all(re.fullmatch(r'==[\w.]+', v) for v in pins.values())
     unmet = [str(r) for r in REQUIREMENTS + DEVELOPMENT if not r.specifier.contains(pins.get(canonical(r.name), '==none')[2:] , True)]
     assert not unmet, f'run make lock: {unmet}'
+    late = [n for n in pins if not SpecifierSet(metadata(n)['Requires-Python'] or '').contains(SETTINGS['min_python'] + '.0')]
+    assert not late, f'the lowest Python of settings.ini cannot install {late}'
 
 def test_conda_takes_python_packages_from_settings():
     *conda, pip = yaml.safe_load((ROOT/'environment.yml').read_text())['dependencies']
