@@ -8,8 +8,8 @@ __all__ = ['COLUMNS', 'INTEGERS', 'TEXT', 'KEY', 'METRICS', 'TEXTUAL', 'METHOD_N
            'tidy', 'to_csv', 'read_table', 'Interval', 'interval', 'sign_flip_test', 'crossed_bootstrap', 'PairedTest',
            'paired_test', 'BootstrapTest', 'bootstrap_test', 'holm', 'compare', 'wide', 'table_caption', 'to_markdown',
            'show_table', 'tex', 'to_latex', 'readable', 'write_frame', 'write_table', 'paper_table', 'beside_paper',
-           'theme', 'figure', 'save_figure', 'overlay', 'explanation_figure', 'plot_methods', 'plot_levels',
-           'plot_history']
+           'write_beside_paper', 'theme', 'figure', 'save_figure', 'overlay', 'explanation_figure', 'plot_methods',
+           'plot_levels', 'plot_history']
 
 # %% ../nbs/12_report.ipynb #032409b6
 import io, itertools, re, textwrap
@@ -522,6 +522,16 @@ def beside_paper(
     source = f"Paper: arXiv 2411.13053, Table {n}, as printed ({'; '.join(filter(None, where))})"
     frame.attrs['notes'] = notes | ours.attrs['notes'] | {source: ''}
     return frame
+
+def write_beside_paper(
+    df: pd.DataFrame, # our tidy table; of datasets that the paper has no counterpart of, nothing is written
+    n: int, # the paper's table
+    out_dir: Path|str, # files go to its folder tables/
+) -> tuple: # the files, and what to show
+    "Write the rows that the paper has a counterpart of beside its own, as table<n>_beside_paper."
+    if (df := df[df.dataset.isin(COUNTERPARTS)]).empty: return [], 'no counterpart in the paper'
+    view, caption = beside_paper(df, n, ['backbone', 'method'], ['dataset', 'metric'], best=None), f'Table {n} beside the paper'
+    return write_frame(tidy(pd.concat([df, paper_table(n)])), f'table{n}_beside_paper', out_dir, caption, view), show_table(df, view, caption)
 
 # %% ../nbs/12_report.ipynb #70afc8f8
 PALETTE = {
