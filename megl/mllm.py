@@ -14,8 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from .core import choose, write_atomic
-from .model import Inference, MeglOutput
+from .core import choose, evaluating, write_atomic
+from .model import Inference, MeglOutput, unit_images
 from .rationale import IMAGE, RationaleGenerator, prompt
 from transformers import DynamicCache
 
@@ -136,6 +136,7 @@ class MLLM(nn.Module):
         return tok(self.generator.space + text, add_special_tokens=False).input_ids + [tok.eos_token_id]
 
     def look(self, images): # (B, 3, H, W) in [0, 1] → (B, N, D): V, of the whole image
+        images = unit_images(images, self.generator.pixel_mean.device)
         return self.generator.image_tokens(images, images.new_ones(len(images), 1, 1))
 
     def ask(self,
@@ -210,7 +211,11 @@ def infer(self: MLLM,
     max_new_tokens: int = 40, # of a rationale
 ) -> Inference: # probabilities, and where asked for rationales and answers; no maps
     "Class probabilities by constrained scoring."
-    self.eval(); g, v, asked = self.generator, self.look(images), CLASS_QUESTION if self.mode == 'answer' else self.generator.question
+    with evaluating(self): return self._infer(images, rationales, max_new_tokens)
+
+@patch
+def _infer(self: MLLM, images, rationales, max_new_tokens):
+    g, v, asked = self.generator, self.look(images), CLASS_QUESTION if self.mode == 'answer' else self.generator.question
     tok, context = g.tokenizer, Context(g, self.ask(v, asked))
     if self.mode == 'cot' and not self.class_first: why = context.write(max_new_tokens); context.read([[tok.eos_token_id]]*len(v))
     place, p = context.mark(), context.score(self.options).softmax(1)
@@ -237,7 +242,7 @@ def save_pretrained(self: MLLM,
 @patch(cls_method=True)
 def from_pretrained(cls: MLLM,
     folder: Path|str, # written by `save_pretrained`
-    base: str|None = None, # where the base model is now, if it has moved
+    base: str|dict|None = None, # where the base model is now, if it has moved; of one made of parts, its `vision` and `llm`
 ): # MLLM, in evaluation mode
     "Read a model back: the same probabilities and texts."
     folder = Path(folder); path = folder/'config.json'
@@ -245,6 +250,7 @@ def from_pretrained(cls: MLLM,
     if 'mllm' not in config: raise FileNotFoundError(f'{folder}: no config.json of an MLLM: give a folder written by MLLM.save_pretrained')
     g = config['generator']
     kw = {k: tuple(g[k]) for k in ('pixel_mean', 'pixel_std')} | dict(question=g['question'], checkpointing=g['checkpointing'], dtype=getattr(torch, g['dtype']), lora=False)
+    if isinstance(base, dict) and isinstance(g['base'], dict): base = g['base'] | base # the layer that is read stays
     try: generator = RationaleGenerator.from_pretrained(base or g['base'] or folder/'generator'/'base', g['feature_dim'], **kw)
     except OSError as e: raise OSError(f'{e}; if the base model has moved, say where it is with base=…') from None
     return cls(generator.load_trained(folder/'generator'), config['classes'], config['names'], **config['mllm']).eval()

@@ -12,7 +12,7 @@ import copy, math, re
 from contextlib import nullcontext
 from pathlib import Path
 
-from .core import choose # first: transformers imports torchvision
+from .core import choose, evaluating # first: transformers imports torchvision
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -94,6 +94,7 @@ def adapted(
     config = copy.deepcopy(config) if config else lora_config()
     if config.is_prompt_learning: raise ValueError(f'{type(config).__name__}: prompt learning is not supported, give a LoRA-like config')
     config.modules_to_save = sorted({*(config.modules_to_save or ()), 'multi_modal_projector'})
+    config.base_model_name_or_path = None # peft fills in this one's, and would warn of a base that has moved
     if config.exclude_modules is None: config.exclude_modules = r'.*(vision_tower|multi_modal_projector).*'
     model = get_peft_model(llava, config)
     for p in model.parameters():
@@ -124,7 +125,8 @@ class RationaleGenerator(nn.Module):
         for name, part in (('before', ids[:slot]), ('after', ids[slot+1:])): self.register_buffer(f'{name}_ids', torch.tensor(part), persistent=False)
         self.space = '' if tokenizer.tokenize('so') == tokenizer.tokenize('so so')[-1:] else ' ' # a text's first word is spelt as one that follows
         if checkpointing: # older versions of transformers have the other name
-            getattr(self.model, 'activation_checkpointing_enable', self.model.gradient_checkpointing_enable)(dict(use_reentrant=False))
+            enable = getattr(self.model, 'activation_checkpointing_enable', None) or self.model.gradient_checkpointing_enable
+            enable(dict(use_reentrant=False))
 
     @property
     def tuned(self): return isinstance(self.llava, PeftModel) # by an adapter, the base frozen
@@ -203,11 +205,11 @@ def generate(self: RationaleGenerator,
     pooled: torch.Tensor|None = None, # (B, d) or None
     max_new_tokens: int = 40,
 ) -> list: # B rationales
-    "Greedy decoding of the rationales."
-    embeds = self.prompt_embeddings(self.image_tokens(images, maps, pooled))
-    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    "Greedy decoding of the rationales, in evaluation mode."
     tok = self.tokenizer
-    with self.autocast():
+    with evaluating(self), self.autocast():
+        embeds = self.prompt_embeddings(self.image_tokens(images, maps, pooled))
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         ids = self.model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
                                   pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
     return [t.strip() for t in tok.batch_decode(ids, skip_special_tokens=True)]
@@ -244,10 +246,11 @@ def from_config(cls: RationaleGenerator,
     texts: list, # texts to train the tokenizer on
     feature_dim: int, # width of the classifier's pooled feature
     llava: dict|None = None, # overrides of `small_llava_config`
+    vocab_size: int = 700, # of `train_tokenizer`
     **kw # of the constructor
 ): # RationaleGenerator
     "A small random generator, of the same classes as a large one."
-    tokenizer = train_tokenizer(texts)
+    tokenizer = train_tokenizer(texts, vocab_size)
     return cls(LlavaForConditionalGeneration(small_llava_config(tokenizer, **(llava or {}))), tokenizer, feature_dim, **kw)
 
 @patch(cls_method=True)
@@ -384,7 +387,10 @@ def load_trained(self: RationaleGenerator,
     if adapter.exists():
         config = PeftConfig.from_pretrained(adapter); config.inference_mode = False
         self.llava = adapted(self.llava.unload() if self.tuned else self.llava, config)
-        set_peft_model_state_dict(self.llava, load_file(adapter/'adapter_model.safetensors'))
+        found = set_peft_model_state_dict(self.llava, load_file(adapter/'adapter_model.safetensors')) # which is not strict
+        trained = {n for n, p in self.llava.named_parameters() if p.requires_grad}
+        if odd := [*found.unexpected_keys, *sorted(trained & set(found.missing_keys))]:
+            raise OSError(f"{adapter}: does not fit the base {self.base or 'model'} ({len(odd)} weights are in one of the two alone, {odd[0]} for one): name the base that it was trained on")
     self.w_i.load_state_dict(load_file(Path(folder)/'w_i.safetensors'))
     return self
 

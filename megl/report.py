@@ -13,6 +13,7 @@ __all__ = ['COLUMNS', 'INTEGERS', 'TEXT', 'KEY', 'METRICS', 'TEXTUAL', 'METHOD_N
 
 # %% ../nbs/12_report.ipynb #032409b6
 import io, itertools, re, textwrap
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,6 +150,13 @@ def interval(
     return Interval(float(x.mean()), float(half), len(x))
 
 # %% ../nbs/12_report.ipynb #4260636a
+def _chunks(resamples): return [min(1000, resamples - k) for k in range(0, resamples, 1000)] # of the chunks
+
+@lru_cache(4) # many comparisons are of as many images
+def _signs(n, resamples, seed): # chunks of random patterns
+    rng = np.random.default_rng(seed)
+    return [2*rng.integers(0, 2, (size, n), dtype=np.int8) - 1 for size in _chunks(resamples)]
+
 def sign_flip_test(
     differences, # (n,) paired differences, one per image or per seed
     resamples: int = 9999, # all 2^n patterns if these are no more, else this many random ones
@@ -156,25 +164,26 @@ def sign_flip_test(
 ) -> float: # two-sided p-value; at least 2^(1-n), or 1/(resamples+1)
     "The paired permutation test of mean difference 0."
     d = np.asarray(differences, dtype=float); observed, slack = abs(d.sum()), 1e-12*np.abs(d).sum()
-    if exact := 2**len(d) <= resamples + 1: chunks = [np.array(list(itertools.product((-1, 1), repeat=len(d))))]
-    else:
-        rng = np.random.default_rng(seed)
-        sizes = [min(1000, resamples - k) for k in range(0, resamples, 1000)]
-        chunks = (2*rng.integers(0, 2, (size, len(d)), dtype=np.int8) - 1 for size in sizes)
+    exact = 2**len(d) <= resamples + 1
+    chunks = [np.array(list(itertools.product((-1, 1), repeat=len(d))))] if exact else _signs(len(d), resamples, seed)
     extreme = sum(int((np.abs(signs @ d) >= observed - slack).sum()) for signs in chunks)
     return extreme/2**len(d) if exact else (extreme + 1)/(resamples + 1)
 
 # %% ../nbs/12_report.ipynb #06168952
+@lru_cache(4) # as above
+def _draws(S, N, resamples, seed): # chunks of how often each seed and each image is drawn
+    rng = np.random.default_rng(seed)
+    draw = lambda k, n, b: rng.multinomial(k, np.full(n, 1/n), size=b).astype('int16')
+    return [(draw(max(1, S-1), S, b), draw(N, N, b)) for b in _chunks(resamples)]
+
 def crossed_bootstrap(
     differences: np.ndarray, # (S, N) paired differences, seeds × images
     resamples: int = 9999, # bootstrap draws
     seed: int = 0, # of the draws
 ) -> np.ndarray: # (resamples,) means over the drawn seeds and images
     "Bootstrap the mean difference over seeds and images at once (max(1, S-1) seeds and N images a draw)."
-    (S, N), rng = differences.shape, np.random.default_rng(seed)
-    draw = lambda k, n, b: rng.multinomial(k, np.full(n, 1/n), size=b)/k # weights of the items drawn
-    sizes = [min(1000, resamples - k) for k in range(0, resamples, 1000)]
-    return np.concatenate([((draw(max(1, S-1), S, b) @ differences)*draw(N, N, b)).sum(1) for b in sizes])
+    S, N = differences.shape
+    return np.concatenate([((of_seeds/max(1, S-1) @ differences)*(of_images/N)).sum(1) for of_seeds, of_images in _draws(S, N, resamples, seed)])
 
 def _student(seeds, draws, confidence): # low and high of the mean of the seeds' differences, from bootstrap draws of it
     S, v = len(seeds), draws.var()
@@ -682,13 +691,14 @@ def plot_methods(
     return fig
 
 # %% ../nbs/12_report.ipynb #e4da4e8b
-def _name_ends(ax, ends, gap=.09): # methods' names at (height, method) right of the axes, `gap` of its height apart
+def _name_ends(ax, ends, gap=.09): # methods' names right of the axes, `gap` of its height apart, each tied to its line's end at (height, method)
     (low, high), ends = ax.get_ylim(), sorted(ends); at = [(y - low)/(high - low) for y, _ in ends]
     for i in range(1, len(at)): at[i] = max(at[i], at[i - 1] + gap)
     for i, (_, m) in enumerate(ends):
         y = min(at[i], 1 - gap*(len(at) - 1 - i)) # the upper ones stay beside the axes
-        ax.annotate(display_name('method', m), (1.02, y), xycoords='axes fraction', color=PALETTE.get(m, 'black'),
-                    va='center', annotation_clip=False)
+        color = PALETTE.get(m, 'black'); start = (ends[i][0] - low)/(high - low)
+        ax.annotate(display_name('method', m), (1, start), (1.08, y), xycoords='axes fraction', textcoords='axes fraction', color=color,
+                    va='center', annotation_clip=False, arrowprops=dict(arrowstyle='-', color=color, lw=.7, shrinkA=1, shrinkB=0))
 
 def _of_levels(df, levels, methods, metrics, reference): # the rows to draw; raises ValueError for missing and ambiguous ones
     df, methods = tidy(df), [m for m in methods if m != reference]
@@ -729,7 +739,7 @@ def plot_levels(
     reference: str|None = None, # a method that the level does not concern: its rows have one variant, whichever
     xlabel: str = '', # what the level is
     unit: str = '', # follows each number or label, such as ' %'
-    chance: float|None = None, # accuracy of guessing, a dotted line
+    chance: float|None = None, # accuracy of guessing, a dotted line where the panel reaches down to it
     confidence: float = .95, # of the intervals
 ) -> plt.Figure: # panels of a row share their scale
     "Methods along a level: mean and interval over seeds; raises `ValueError` for what the table lacks or has twice."
@@ -743,11 +753,11 @@ def plot_levels(
         rows = df[df.metric == metric]
         ends = [_draw_levels(ax, rows[rows.backbone == b], levels, x, methods, reference, confidence)
                 for ax, b in zip(line, backbones)]
-        line[0].set_ylim(None if rows.value.min() < 0 else 0, 1 if metric == 'accuracy' else None) # when all panels are drawn
+        line[0].margins(y=.08) # of what all panels hold
         line[0].set_ylabel(', '.join(filter(None, [display_name('metric', metric), *rows.split.unique()])))
         for ax, e in zip(line, ends):
             _name_ends(ax, e)
-            if chance is None or metric != 'accuracy': continue
+            if chance is None or metric != 'accuracy' or chance < ax.get_ylim()[0]: continue
             ax.axhline(chance, color='.6', lw=.8, ls=':')
             ax.annotate('chance', (x[0], chance), (0, 2), textcoords='offset points', color='.5', fontsize=7)
     for ax, b in zip(axes[0], backbones): ax.set_title(display_name('backbone', b))

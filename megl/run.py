@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'TUNED', 'PRESETS', 'CODE', 'SAMPLE_SCORES', 'REPRODUCE', 'ABLATIONS', 'Method', 'backbones_of', 'Preset',
            'Run', 'make_run', 'local_path', 'base_classifier', 'base_llava', 'build_model', 'write_predictions',
-           'read_predictions', 'run_folder', 'stored_predictions', 'predictions_file', 'load_predictions', 'metrics_of',
-           'execute', 'execute_all', 'result_rows', 'sample_scores', 'text_scores', 'check_injected', 'Experiment',
-           'experiments', 'NotebookError', 'run_notebook', 'parser', 'main']
+           'prediction_attrs', 'read_predictions', 'run_folder', 'stored_predictions', 'predictions_file',
+           'load_predictions', 'metrics_of', 'execute', 'execute_all', 'result_rows', 'sample_scores', 'text_scores',
+           'check_injected', 'Experiment', 'experiments', 'NotebookError', 'run_notebook', 'parser', 'main']
 
 # %% ../nbs/13_run.ipynb #21b82eae
 import argparse, ast, dis, hashlib, inspect, json, linecache, os, shutil, sys, time
@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from .core import choose, code_hash, get_device, project_root, provenance, set_seed, sha256, stable_hash, write_atomic
 from .classifiers import _BUILTIN, CLASSIFIERS, create_classifier, register_classifier
@@ -108,6 +108,7 @@ PRESETS = {p.name: p for p in (
 
 # %% ../nbs/13_run.ipynb #60aed331
 CODE = ('core', 'data', 'classifiers', 'saliency', 'losses', 'rationale', 'model', 'train') # what a run's numbers depend on; an MLLM's also on `mllm`
+_CODE = {mllm: code_hash(CODE + ('mllm',)*mllm) for mllm in (False, True)} # as it is imported, whatever becomes of the files
 
 _hashes = {} # (file, size, when it was changed, whole) → hash
 
@@ -179,7 +180,7 @@ class Run:
     def _identity(self, *but): # what determines the numbers; local weights by their content, wherever they lie
         base = {k: _content(v) for k, v in self.base.items()} if isinstance(self.base, dict) else _content(self.base)
         usual = ('processes', 1), ('parts', ())
-        return stable_hash({k: v for k, v in asdict(self).items() if k not in ('dataset', *but) and (k, v) not in usual} | dict(base=base, weights=_content(self.weights)))
+        return stable_hash({k: v for k, v in asdict(self).items() if k not in ('dataset', *but) and (k, v) not in usual} | dict(base=base, weights=_content(self.weights), train=asdict(replace(self.train, workers=0))))
     @property
     def name(self): return f'{Path(self.dataset).name}_{self.backbone}_{self.method}_{self.seed}_{self.key}'
     def __str__(self): return f'{Path(self.dataset).name} {self.backbone} {self.method} seed {self.seed}'
@@ -208,7 +209,7 @@ def make_run(
     base, generator, llava, lora = (base, p.generator, p.llava, p.lora) if train.lambda_t else ('', (), (), ())
     made = p.pretrain if weights == 'captions' or train.lambda_t and not base else None
     return Run(str(dataset), backbone, method, seed, preset, train, p.limit, made, base, generator, weights, llava, lora,
-               _fingerprint(_open(dataset)), code_hash(CODE + ('mllm',)*bool(on.mllm)), get_device(device).type,
+               _fingerprint(_open(dataset)), _CODE[bool(on.mllm)], get_device(device).type,
                _processes(), tuple((name, _own_code(factory)) for _, name, factory in _own_parts(backbone, base)))
 
 def local_path(
@@ -254,16 +255,18 @@ def _scenes(run): # to pre-train on, and what they are known by
     scenes = _split(run, 'pretrain' if any(r['split'] == 'pretrain' for r in _open(run.dataset).records) else 'train')
     return scenes, [[r.get('sha256'), r['file_name'], r['rationales']] for r in scenes.records]
 
+def _telling(run): # scenes whose texts can be learnt from
+    scenes, _ = _scenes(run)
+    if bags_of_words([' '.join(r['rationales']) for r in scenes.records])[0]: return scenes
+    raise ValueError(f"{run}: the texts tell no picture from another, so nothing can be pre-trained on them: give weights 'none' or a file, and a LLaVA as base")
+
 def base_classifier(run: Run, out: Path|str, device='auto') -> Path|str: # a state dict's path, or the name that the preset gives; '' for none
     "The weights that a run's classifier starts from. Those of a small one are pre-trained once for all runs that need the same."
     if run.weights != 'captions': return run.weights
     file = Path(out).resolve()/'runs'/f'base-{_classifier_key(run)}.pt'; file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{file}.lock'):
         if not file.exists():
-            scenes, _ = _scenes(run)
-            if not bags_of_words([' '.join(r['rationales']) for r in scenes.records])[0]:
-                raise ValueError(f"{run}: the texts tell no picture from another, so no classifier can be pre-trained on them: give weights 'none', or a file")
-            pretrain_classifier(run.backbone, scenes, run.pretrain, file, device, progress=False)
+            pretrain_classifier(run.backbone, _telling(run), run.pretrain, file, device, progress=False)
     return file
 
 def _classifier_key(run): return stable_hash([run.backbone, run.pretrain, run.device, _scenes(run)[1], code_hash(('core', 'data', 'classifiers', 'train')), *run.parts])
@@ -276,7 +279,7 @@ def base_llava(run: Run, out: Path|str, device='auto') -> Path|str: # the checkp
     folder = Path(out).resolve()/'runs'/f'base-{_llava_key(run)}'; folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{folder}.lock'):
         if not (folder/'pretrain.json').exists():
-            last = pretrain_llava(_scenes(run)[0], _texts(run), run.pretrain, folder, device, progress=False, **dict(run.llava))
+            last = pretrain_llava(_telling(run), _texts(run), run.pretrain, folder, device, progress=False, **dict(run.llava))
             write_atomic(folder/'pretrain.json', json.dumps(dict(config=asdict(run.pretrain), dataset=run.dataset, loss=last), indent=1))
     return folder
 
@@ -285,7 +288,8 @@ def _sharded(run): # over how many processes the language model's frozen layers 
 
 def _must_fit(run, generator, classifier, available): # GB; an honest estimate before a long start
     from megl.rationale import memory_advice, memory_estimate
-    needed = memory_estimate(generator, classifier, run.train.batch_size, half=run.train.precision != 'no', generated=run.train.eval_batch*bool(generator))
+    longest = max(map(len, generator.tokenizer(_texts(run)).input_ids)) + 1 if generator else 0 # a batch is padded to its longest rationale
+    needed = memory_estimate(generator, classifier, run.train.batch_size, max(40, longest), half=run.train.precision != 'no', generated=run.train.eval_batch*bool(generator))
     if (world := _sharded(run)) > 1:
         layers = decoder_layers(generator.model.model.language_model)
         sizes = [sum(p.numel()*p.element_size() for p in m.parameters() if not p.requires_grad)/1e9 for m in layers]
@@ -334,6 +338,12 @@ def write_predictions(
     pq.write_table(table.replace_schema_metadata(about), buffer, compression='zstd', compression_level=22, use_dictionary=False, write_statistics=False)
     return write_atomic(path, buffer.getvalue().to_pybytes())
 
+def prediction_attrs(
+    path: Path, # written by `write_predictions`
+) -> dict: # what was kept about them: run_id, commit
+    "What is kept about stored predictions, without reading them."
+    return {k.decode(): v.decode() for k, v in (pq.read_schema(path).metadata or {}).items()}
+
 def read_predictions(
     path: Path, # written by `write_predictions`
 ) -> pd.DataFrame: # the columns of `predict_dataset`; `.attrs` holds what was kept about them
@@ -341,7 +351,7 @@ def read_predictions(
     table = pq.read_table(path); p = table.to_pandas()
     if len(p) and p['map'].notna().all(): p['map'] = [np.frombuffer(m, 'uint8').astype('float32')/255 for m in p['map']]
     for k in ('rationale', 'answer'): p[k] = p[k].astype(object).where(p[k].notna(), None)
-    p.attrs = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    p.attrs = prediction_attrs(path)
     return p
 
 def run_folder(run: Run, out: Path|str) -> Path: return Path(out)/'runs'/run.id
@@ -378,10 +388,10 @@ def metrics_of(
     stored: bool = False, unfinished: bool = False, # see `predictions_file`
 ) -> dict: # name → dict(value, n)
     "Classification, visual and text metrics of a run on the test split."
-    file = predictions_file(run, out, stored, unfinished); p = read_predictions(file)
+    file = predictions_file(run, out, stored, unfinished)
     path = Path(out)/'runs'/'metrics'/f"{stable_hash([sha256(file), run.fingerprint, run.limit, sorted(missing_scores()), *(os.environ.get(k) for k in ('MEGL_CLIP', 'MEGL_SPICE')), code_hash(('metrics', 'mllm', 'data', 'train', 'run'))])}.json"
     if path.exists(): return json.loads(path.read_text())
-    test = _split(run, 'test')
+    test, p = _split(run, 'test'), read_predictions(file)
     if list(p.id) != [r['id'] for r in test.records]: raise ValueError(f'{run}: predictions are not of this test split: run again with force')
     found = _sized(classification_metrics(p.label, p.predicted, len(test.classes)), len(p))
     if maps_of(p) and (seen := visual_metrics(maps_of(p), annotations_of(test)))['n']:
@@ -401,6 +411,11 @@ def metrics_of(
 def _own_gpu(device): # of several processes that train together, each takes its own
     if device in ('auto', 'cuda') and torch.cuda.is_available() and 'LOCAL_RANK' in os.environ: torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
 
+def _alone(folder, run): # one at a time; the processes of a second launch would wait for each other
+    lock = FileLock(folder/'lock', timeout=0 if _processes() > 1 else -1)
+    try: return lock.acquire()
+    except Timeout: raise OSError(f'{folder}: another launch is training "{run}": wait until it has finished') from None
+
 def execute(
     run: Run,
     out: Path|str, # the results folder
@@ -413,8 +428,9 @@ def execute(
     if get_device(device).type == 'cpu': torch.set_num_threads(1)
     finished = lambda: not force and (folder/'run.json').exists()
     if finished(): return f'{run}: reused' # seen by all processes of a run
-    with FileLock(folder/'lock') if first else nullcontext():
+    with _alone(folder, run) if first else nullcontext():
         if finished(): return f'{run}: reused' # by another process, meanwhile
+        if run.code != (here := _CODE[bool(METHODS[run.method].mllm)]): raise ValueError(f'{run}: defined by other code of megl ({run.code}, here {here}): start Python again, and all workers, and define it anew')
         if run.processes != _processes(): raise ValueError(f'{run}: defined where {run.processes} train together, here {_processes()} do: call make_run in the processes that train')
         if force and first:
             for p in folder.iterdir():
@@ -494,11 +510,11 @@ def result_rows(
         if m.split('@')[0] in ('miou', *VISUAL_SCORES) and not METHODS[r.method].mllm: return 'every map is dead' if 'miou' in found else 'no test sample has a map'
         if m.startswith('filtered_') and 'bleu4' in found: return 'no sample is classified correctly'
         return reason.get(m, 'not defined for this method') if isinstance(reason, dict) else reason
-    def row(r, m):
-        found, run_id = metrics_of(r, out, stored), load_predictions(r, out, stored).attrs['run_id']
+    def row(r, m, found, run_id):
         have = dict(value=found[m]['value'], n=found[m]['n']) if m in found else dict(value=float('nan'), n=0, reason=why(r, m, found))
         return dict(item=item, dataset=r.dataset, split='test', backbone=r.backbone, method=r.method, seed=r.seed, metric=m, preset=r.preset, run_id=run_id, **have)
-    return tidy([row(r, m) for r in runs for m in metrics])
+    known = [(r, metrics_of(r, out, stored), prediction_attrs(predictions_file(r, out, stored))['run_id']) for r in runs]
+    return tidy([row(r, m, found, run_id) for r, found, run_id in known for m in metrics])
 
 # %% ../nbs/13_run.ipynb #c5b32c9c
 SAMPLE_SCORES = 'accuracy', 'miou'
@@ -619,7 +635,7 @@ class Experiment:
         entry = dict(notebook=self.name, time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
             parameters={k: getattr(self, k) for k in ('preset', 'dataset', 'methods', 'seeds', 'epochs', 'device', 'out_dir', 'force', 'from_predictions', 'base', 'weights')} | more,
             commit=p['commit'], dirty=p['dirty'], versions=p['versions'], device=str(get_device(self.device)), seconds=round(time.time() - self.began, 1),
-            runs=sorted({self.predictions(r).attrs['run_id'] for r in self.executed}), outputs={inside(Path(f).resolve()): sha256(f) for f in paths})
+            runs=sorted({prediction_attrs(predictions_file(r, self.out, self.from_predictions))['run_id'] for r in self.executed}), outputs={inside(Path(f).resolve()): sha256(f) for f in paths})
         (self.out/'runs').mkdir(exist_ok=True)
         with FileLock(self.out/'runs'/'manifest.lock'), open(self.out/'manifest.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(entry) + '\n')
         return (f"{self.name}: preset {self.preset}, {self.seeds} seed{'s'*(self.seeds > 1)}, commit {(p['commit'] or 'none')[:9]}"
@@ -661,16 +677,16 @@ def _suite(a): # several notebooks, each with the parameters that it has
     began, wanted = time.time(), dict(preset=a.preset, seeds=a.seeds, device=a.device, from_predictions=a.from_predictions)
     for name in a.suite:
         known = pm.inspect_notebook(experiments()[name]); print(f'\n── {name} ──', flush=True)
-        if a.from_predictions and 'from_predictions' not in known: print('left as it is: it needs more than predictions'); continue
+        if a.from_predictions and 'from_predictions' not in known: print('left as it is: it is not made from predictions'); continue
         run_notebook(name, {k: v for k, v in wanted.items() if k in known}, a.out_dir)
     out = project_root()/a.out_dir
-    for t in sorted((out/'tables').glob('table[12345].md')) if a.suite == REPRODUCE else (): print(f'\n{t.read_text()}')
+    for t in sorted((out/'tables').glob('table[12345].md')) if a.suite == REPRODUCE else (): print(f"\n{t.read_text(encoding='utf-8')}")
     print('written:', *(str(p) for d in ('tables', 'figures') for p in sorted((out/d).glob('*')) if p.stem.split('_')[0] in a.suite or p.stem in a.suite), sep='\n  ')
     print(f'{(time.time()-began)/60:.1f} minutes')
 
 def _run(a):
     import yaml
-    given = {} if a.file is None else yaml.safe_load(Path(a.file).read_text())
+    given = {} if a.file is None else yaml.safe_load(Path(a.file).read_text(encoding='utf-8'))
     given |= {k: yaml.safe_load(v) for k, v in a.parameters or []} | (dict(from_predictions=True) if a.from_predictions else {})
     run_notebook(a.experiment, given, a.out_dir or given.get('out_dir') or 'results/runs/smoke')
 

@@ -11,7 +11,7 @@ __all__ = ['TrainConfig', 'param_groups', 'lr_scale', 'EpochBatches', 'predict_d
 # %% ../nbs/10_train.ipynb #b00c2cd3
 import math, os, sys, time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -51,7 +51,7 @@ class TrainConfig:
     map_route: str = 'full'    # the text loss's gradient through the map: 'full', 'held' (channel weights constant), 'cut'
     feature_route: bool = True # the text loss's gradient through the pooled feature
     accumulate: int = 1        # batches per step, which is that of one batch with all of their samples
-    workers: int = 0           # processes that load data; no number depends on it
+    workers: int = 0           # processes that load data; no number depends on it, nor does a run's identity
     eval_batch: int = 64       # samples that are predicted, or explained, at once
     precision: str = 'no'      # 'no', 'bf16', 'fp16': accelerate's mixed precision
     seed: int = 0
@@ -149,7 +149,7 @@ def save_checkpoint(path: Path, **content):
 def load_checkpoint(path: Path) -> dict:
     "Read a checkpoint; a file that cannot be read is an error that says what to do."
     try: return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise RuntimeError(f'{path}: not a readable checkpoint ({type(e).__name__}): delete it to start this run anew') from None
+    except Exception as e: raise OSError(f'{path}: not a readable checkpoint ({type(e).__name__}): delete it to start this run anew') from None
 
 # %% ../nbs/10_train.ipynb #5a7e01c2
 def sharding() -> bool:
@@ -188,7 +188,7 @@ def _prepare_sharded(accelerator, model, optimizer, ddp): # as accelerator.prepa
     ids = [accelerator.device.index] if accelerator.device.type == 'cuda' else None
     return DDP(accelerator.prepare_model(model, evaluation_mode=True), device_ids=ids, **ddp.to_kwargs()), accelerator.prepare(optimizer)
 
-# %% ../nbs/10_train.ipynb #21593b84
+# %% ../nbs/10_train.ipynb #21593b81
 def term_shares(
     accelerator: Accelerator,
     model, # MEGL or MLLM
@@ -207,6 +207,7 @@ def _tokens(model, batch): # that the text loss is a mean over: of the rationale
     g = model.generator; n = sum(map(len, g.tokenizer([g.space + t for t in texts], add_special_tokens=False).input_ids)) + len(texts)
     return n if hasattr(model, 'classifier') else n + sum(len(model.options[y]) for y in batch['labels'].tolist())
 
+# %% ../nbs/10_train.ipynb #21593b82
 def _epoch(model, wrapped, loader, optimizer, accelerator, config, epoch, mean_map, progress):
     "One epoch; returns the mean of each term."
     wrapped.train(); sums, n, steps = {}, 0, math.ceil(len(loader)/config.accumulate)
@@ -245,25 +246,28 @@ def _consistency_target(train, grid, config): # (h, w), (C, h, w), or None where
     if not config.weight_dc: return None
     return train.class_maps(grid) if config.dc_variant == 'per class' else train.mean_map(grid)
 
+# %% ../nbs/10_train.ipynb #21593b83
 def _from_first(accelerator, x): # the first process's object, in all of them
     return broadcast_object_list([x])[0] if accelerator.num_processes > 1 else x
 
 def _identity(model, train, val, config, world): # what a checkpoint belongs to
     data = lambda ds: stable_hash([ds.fingerprint, [r['id'] for r in ds.records]])
     trained = stable_hash([[n, list(p.shape)] for n, p in model.named_parameters() if p.requires_grad])
-    return {'config': stable_hash(config), 'training data': data(train), 'validation data': data(val), 'class names': stable_hash(train.classes),
+    return {'config': asdict(replace(config, workers=0)), 'training data': data(train), 'validation data': data(val), 'class names': stable_hash(train.classes),
             'trained parameters': trained, 'number of processes': world}
 
 def _resume(path, own, model, optimizer, accelerator): # the state of a run of this identity, or a fresh one
     fresh = dict(epoch=0, best=None, history=[])
     found = _from_first(accelerator, path is not None and accelerator.is_main_process and path.exists() and load_checkpoint(path))
     if not found: return fresh
-    of = found.get('of', {}); differs = [f"{k} {of.get(k, 'not recorded')} (here {v})" for k, v in own.items() if of.get(k) != v]
+    flat = lambda of: {k: v for name, x in of.items() for k, v in (x.items() if isinstance(x, dict) else [(name, x)])}
+    of = flat(found.get('of', {})); differs = [f"{k} {of.get(k, 'not recorded')} (here {v})" for k, v in flat(own).items() if of.get(k, 'not recorded') != v]
     if differs: raise ValueError(f"{path}: belongs to another run, {', '.join(differs)}: go on with what it belongs to, delete it, or use another folder")
     model.load_state_dict(found['model'], strict=False); optimizer.load_state_dict(found['optimizer'])
     if accelerator.scaler and found.get('scaler'): accelerator.scaler.load_state_dict(found['scaler']) # fp16's
     return {k: found[k] for k in fresh}
 
+# %% ../nbs/10_train.ipynb #21593b84
 def fit(
     model, # MEGL, or MLLM
     train, # Dataset, the training split
@@ -274,7 +278,7 @@ def fit(
     progress: bool|None = None, # progress bar; None: in a terminal
     quiet: bool = False, # print no line per epoch
 ) -> pd.DataFrame: # one row an epoch
-    """Train `model` in place and leave it with its best weights. Where the folder's checkpoint is of the same run and complete, that is all.
+    """Train `model` in place and leave it with its best weights, in evaluation mode, on the device. If `folder` holds this run's finished checkpoint, its best weights are loaded and nothing is trained.
     Raises `FloatingPointError` where a term is not finite, `ValueError` where the checkpoint belongs to another run."""
     if config.lambda_t and model.generator is None: raise ValueError('lambda_t is above 0 but the model has no generator')
     for name, ds in (('training', train), ('validation', val)):
@@ -292,7 +296,7 @@ def fit(
     train = train.with_transform(train_transform(model.image_size))
     batches = EpochBatches(len(train), config.batch_size, config.seed, rank, world)
     loader = DataLoader(train, batch_sampler=batches, collate_fn=collate, num_workers=config.workers, pin_memory=device.type == 'cuda',
-                        persistent_workers=config.workers > 0)
+                        persistent_workers=config.workers > 0, generator=torch.Generator()) # its own, or numbers would depend on the workers
     grid, wrapped = getattr(getattr(model, 'classifier', None), 'grid', None), model
     if config.visual == 'res-l': model.imputation = Imputation(model.image_size//grid[0]).to(device) # trained along, not part of the classifier
     try:
@@ -324,7 +328,7 @@ def fit(
                 if not quiet: print(_line(state['history'][-1], config))
             accelerator.wait_for_everyone()
         state = _from_first(accelerator, state)
-        model.load_state_dict(state['best']['model'], strict=False)
+        model.load_state_dict(state['best']['model'], strict=False); model.eval()
         return pd.DataFrame(state['history'])
     finally: # the model is as it was before, but for its weights, also where this was interrupted
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False); vars(model).pop('_is_accelerate_prepared', None)
@@ -384,7 +388,7 @@ def pretrain_llava(
     disable_progress_bar() # of writing one small file
     device = get_device(device); set_seed(config.seed)
     batch = collate([s for s in dataset.with_transform(eval_transform(config.image_size))])
-    g = RationaleGenerator.from_config([t for r in batch['rationales'] for t in r] + texts, 1, lora=False,
+    g = RationaleGenerator.from_config([t for r in batch['rationales'] for t in r] + texts, 1, lora=False, vocab_size=config.vocab_size,
                                        llava=dict(image_size=config.image_size, **llava)).to(device)
     words, bags = bags_of_words([' '.join(r) for r in batch['rationales']]); tower = g.model.model.vision_tower
     probe = torch.nn.Linear(tower.config.hidden_size, len(words)).to(device); _start_at_frequency(probe, bags)
