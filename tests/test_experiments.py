@@ -47,6 +47,15 @@ def test_reproduce_writes_everything_and_then_reuses_it(tmp_path):
     stored = call(*args, '--from-predictions').stdout
     assert 'trained in' not in stored and tables == [(tmp_path/f).read_bytes() for f in fixed]
 
+@pytest.mark.parametrize('name, options, table', [
+    ('faithfulness', dict(images=8, steps=4, points=3), 'randomisation'), ('tuning', dict(methods='plain,visual'), 'tuning_choice')])
+def test_answers_of_models_are_kept_too(tmp_path, name, options, table):
+    args = 'megl', 'run', name, '--out-dir', tmp_path, *(a for k, v in dict(options, dataset='toy-object', device='cpu').items() for a in ('-p', k, v))
+    call(*args); files = sorted((tmp_path/'tables').iterdir()); before = [f.read_bytes() for f in files]
+    assert tmp_path/'tables'/f'{table}.csv' in files
+    shutil.rmtree(tmp_path/'runs'); call(*args, '--from-predictions')
+    assert before == [f.read_bytes() for f in files]
+
 RUN = '''
 import sys
 from megl.run import execute, make_run
