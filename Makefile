@@ -17,10 +17,10 @@ endif
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
-reproduce: $(STAMP) ## the paper's tables and figures at demo scale, one seed (19 minutes on 2 cores, installation included): writes results/
+reproduce: $(STAMP) ## the paper's tables and figures at demo scale, one seed (20 minutes on 2 cores, installation included): writes results/
 	$(BIN)/megl reproduce $(ARGS)
 
-ablations: $(STAMP) ## the experiments beyond the paper, one seed (about 50 minutes on 2 cores by the recorded times of its runs): writes results/
+ablations: $(STAMP) ## the experiments beyond the paper, one seed (about 50 minutes on 2 cores): writes results/
 	$(BIN)/megl ablations $(ARGS)
 
 test: $(STAMP) ## run every notebook in a real kernel, and the rules of the repository
