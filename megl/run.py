@@ -180,7 +180,8 @@ class Run:
     def _identity(self, *but): # what determines the numbers; local weights by their content, wherever they lie
         base = {k: _content(v) for k, v in self.base.items()} if isinstance(self.base, dict) else _content(self.base)
         usual = ('processes', 1), ('parts', ())
-        return stable_hash({k: v for k, v in asdict(self).items() if k not in ('dataset', *but) and (k, v) not in usual} | dict(base=base, weights=_content(self.weights), train=asdict(replace(self.train, workers=0))))
+        asked = {k: v for k, v in asdict(self).items() if k not in ('dataset', *but) and (k, v) not in usual}
+        return stable_hash(asked | dict(base=base, weights=_content(self.weights), train=asdict(replace(self.train, workers=0)))) # no number depends on workers
     @property
     def name(self): return f'{Path(self.dataset).name}_{self.backbone}_{self.method}_{self.seed}_{self.key}'
     def __str__(self): return f'{Path(self.dataset).name} {self.backbone} {self.method} seed {self.seed}'
@@ -298,7 +299,8 @@ def _must_fit(run, generator, classifier, available): # GB; an honest estimate b
 
 def _must_compute(run, supported): # bfloat16 where it is asked for
     asked = run.train.precision == 'bf16' or dict(run.generator).get('dtype') == 'bfloat16'
-    if asked and not supported: raise ValueError(f"{run}: preset {run.preset} computes in bfloat16, which this GPU cannot: take a preset with precision 'fp16' and dtype 'float16', or another GPU")
+    if asked and not supported:
+        raise ValueError(f"{run}: preset {run.preset} computes in bfloat16, which this GPU cannot: take a preset with precision 'fp16' and dtype 'float16', or another GPU")
 
 def build_model(run: Run, out: Path, classes: list, device='auto'):
     "The run's model before training: MEGL, or MLLM."
@@ -389,13 +391,16 @@ def metrics_of(
 ) -> dict: # name → dict(value, n)
     "Classification, visual and text metrics of a run on the test split."
     file = predictions_file(run, out, stored, unfinished)
-    path = Path(out)/'runs'/'metrics'/f"{stable_hash([sha256(file), run.fingerprint, run.limit, sorted(missing_scores()), *(os.environ.get(k) for k in ('MEGL_CLIP', 'MEGL_SPICE')), code_hash(('metrics', 'mllm', 'data', 'train', 'run'))])}.json"
+    able = sorted(missing_scores()), *(os.environ.get(k) for k in ('MEGL_CLIP', 'MEGL_SPICE'))
+    known = stable_hash([sha256(file), run.fingerprint, run.limit, *able, code_hash(('metrics', 'mllm', 'data', 'train', 'run'))])
+    path = Path(out)/'runs'/'metrics'/f'{known}.json'
     if path.exists(): return json.loads(path.read_text())
     test, p = _split(run, 'test'), read_predictions(file)
     if list(p.id) != [r['id'] for r in test.records]: raise ValueError(f'{run}: predictions are not of this test split: run again with force')
     found = _sized(classification_metrics(p.label, p.predicted, len(test.classes)), len(p))
     if maps_of(p) and (seen := visual_metrics(maps_of(p), annotations_of(test)))['n']:
-        found |= _sized({k: v for k, v in seen.items() if k != 'n'} | {f'miou@{t:g}': v for t, v in seen['curve'].items()}, seen['n']) | _sized({k: seen[k] for k in ('energy', 'energy_gain')}, seen['defined'])
+        found |= _sized({k: v for k, v in seen.items() if k != 'n'} | {f'miou@{t:g}': v for t, v in seen['curve'].items()}, seen['n'])
+        found |= _sized({k: seen[k] for k in ('energy', 'energy_gain')}, seen['defined'])
     if p.rationale.notna().all():
         found |= _sized({f'names_{k}': _named(p.rationale, test.classes, p[c]) for k, c in (('predicted', 'predicted'), ('true', 'label'))}, len(p))
         images = None if 'clipscore' in missing_scores() else [s.image for s in test]
@@ -430,7 +435,8 @@ def execute(
     if finished(): return f'{run}: reused' # seen by all processes of a run
     with _alone(folder, run) if first else nullcontext():
         if finished(): return f'{run}: reused' # by another process, meanwhile
-        if run.code != (here := _CODE[bool(METHODS[run.method].mllm)]): raise ValueError(f'{run}: defined by other code of megl ({run.code}, here {here}): start Python again, and all workers, and define it anew')
+        if run.code != (here := _CODE[bool(METHODS[run.method].mllm)]):
+            raise ValueError(f'{run}: defined by other code of megl ({run.code}, here {here}): start Python again, and all workers, and define it anew')
         if run.processes != _processes(): raise ValueError(f'{run}: defined where {run.processes} train together, here {_processes()} do: call make_run in the processes that train')
         if force and first:
             for p in folder.iterdir():
@@ -635,7 +641,8 @@ class Experiment:
         entry = dict(notebook=self.name, time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
             parameters={k: getattr(self, k) for k in ('preset', 'dataset', 'methods', 'seeds', 'epochs', 'device', 'out_dir', 'force', 'from_predictions', 'base', 'weights')} | more,
             commit=p['commit'], dirty=p['dirty'], versions=p['versions'], device=str(get_device(self.device)), seconds=round(time.time() - self.began, 1),
-            runs=sorted({prediction_attrs(predictions_file(r, self.out, self.from_predictions))['run_id'] for r in self.executed}), outputs={inside(Path(f).resolve()): sha256(f) for f in paths})
+            runs=sorted({prediction_attrs(predictions_file(r, self.out, self.from_predictions))['run_id'] for r in self.executed}),
+            outputs={inside(Path(f).resolve()): sha256(f) for f in paths})
         (self.out/'runs').mkdir(exist_ok=True)
         with FileLock(self.out/'runs'/'manifest.lock'), open(self.out/'manifest.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(entry) + '\n')
         return (f"{self.name}: preset {self.preset}, {self.seeds} seed{'s'*(self.seeds > 1)}, commit {(p['commit'] or 'none')[:9]}"
@@ -718,21 +725,36 @@ def parser() -> argparse.ArgumentParser:
         p = to.add_parser(name, help=text, description=text); p.set_defaults(do=do); return p
     for name, suite, text in (('reproduce', REPRODUCE, "Run the notebooks of the paper's tables and figures."), ('ablations', ABLATIONS, 'Run the experiments beyond the paper.')):
         p = add(sub, name, _suite, text); p.set_defaults(suite=suite)
-        p.add_argument('--preset', default='demo', choices=PRESETS); p.add_argument('--seeds', type=int, default=1, help='how many (default 1)')
-        p.add_argument('--device', default='auto'); p.add_argument('--out-dir', default='results'); p.add_argument('--from-predictions', action='store_true', help=kept)
+        p.add_argument('--preset', default='demo', choices=PRESETS)
+        p.add_argument('--seeds', type=int, default=1, help='how many (default 1)')
+        p.add_argument('--device', default='auto')
+        p.add_argument('--out-dir', default='results')
+        p.add_argument('--from-predictions', action='store_true', help=kept)
     p = add(sub, 'run', _run, 'Execute one experiment notebook by papermill.')
-    p.add_argument('experiment', help='such as table2: a notebook of nbs/, by the part of its name after the number'); p.add_argument('-p', dest='parameters', nargs=2, action='append', metavar=('NAME', 'VALUE'))
-    p.add_argument('-f', dest='file', help='a YAML file of parameters, such as nbs/params/paper.yaml'); p.add_argument('--from-predictions', action='store_true', help=kept)
+    p.add_argument('experiment', help='such as table2: a notebook of nbs/, by the part of its name after the number')
+    p.add_argument('-p', dest='parameters', nargs=2, action='append', metavar=('NAME', 'VALUE'))
+    p.add_argument('-f', dest='file', help='a YAML file of parameters, such as nbs/params/paper.yaml')
+    p.add_argument('--from-predictions', action='store_true', help=kept)
     p.add_argument('--out-dir', help="where results go (default: the file's, or results/runs/smoke; the committed results are in results)")
     p = add(sub, 'train', _train, 'One training run; under `accelerate launch -m megl.train` on several GPUs.')
-    p.add_argument('dataset'); p.add_argument('--backbone', default='', help="default: the preset's first"); p.add_argument('--method', default='megl', choices=METHODS); p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--preset', default='smoke', choices=PRESETS); p.add_argument('--epochs', type=int, default=0, help="0: the preset's"); p.add_argument('--device', default='auto')
-    p.add_argument('--force', action='store_true', help='train again even if finished'); p.add_argument('--out-dir', default='results/runs/smoke')
-    p.add_argument('--base', default='', help="LLaVA checkpoint, or VISION,LLM: hub ids or folders (default: the preset's)"); p.add_argument('--weights', default='', help="the classifier's: torchvision's by name, or a file (default: the preset's)")
+    p.add_argument('dataset')
+    p.add_argument('--backbone', default='', help="default: the preset's first")
+    p.add_argument('--method', default='megl', choices=METHODS)
+    p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--preset', default='smoke', choices=PRESETS)
+    p.add_argument('--epochs', type=int, default=0, help="0: the preset's")
+    p.add_argument('--device', default='auto')
+    p.add_argument('--force', action='store_true', help='train again even if finished')
+    p.add_argument('--out-dir', default='results/runs/smoke')
+    p.add_argument('--base', default='', help="LLaVA checkpoint, or VISION,LLM: hub ids or folders (default: the preset's)")
+    p.add_argument('--weights', default='', help="the classifier's: torchvision's by name, or a file (default: the preset's)")
     add_data_commands(sub.add_parser('data', help='Build, download or check a dataset.').add_subparsers(required=True, metavar='COMMAND'))
     p = add(sub, 'explain', _explain, 'Class, map and rationale of one image.')
-    p.add_argument('image'); p.add_argument('--model', required=True, help='folder written by MEGL.save_pretrained'); p.add_argument('--base', default='', help='where its LLaVA is, if it has moved: as for train')
-    p.add_argument('--device', default='auto'); p.add_argument('--out', default='explanation.png', help='the figure to write')
+    p.add_argument('image')
+    p.add_argument('--model', required=True, help='folder written by MEGL.save_pretrained')
+    p.add_argument('--base', default='', help='where its LLaVA is, if it has moved: as for train')
+    p.add_argument('--device', default='auto')
+    p.add_argument('--out', default='explanation.png', help='the figure to write')
     return top
 
 def main(args=None):
