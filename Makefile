@@ -20,7 +20,7 @@ help: ## list the targets
 reproduce: $(STAMP) ## the paper's tables and figures at demo scale, one seed (20 minutes on 2 cores, installation included): writes results/
 	$(BIN)/megl reproduce $(ARGS)
 
-ablations: $(STAMP) ## the experiments beyond the paper, one seed (about 50 minutes on 2 cores): writes results/
+ablations: $(STAMP) ## the experiments beyond the paper, one seed (40 minutes on 2 cores after make reproduce, whose runs it shares): writes results/
 	$(BIN)/megl ablations $(ARGS)
 
 test: $(STAMP) ## run every notebook in a real kernel, and the rules of the repository
