@@ -5,7 +5,7 @@ from hashlib import sha256
 from importlib.metadata import metadata, packages_distributions, version
 from pathlib import Path
 
-import nbformat, papermill, pytest, yaml
+import nbformat, pandas as pd, papermill, pyarrow.parquet as pq, pytest, yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name as canonical
@@ -244,6 +244,14 @@ def test_results_are_those_of_the_manifest():
     for line in manifest.read_text(encoding='utf-8').splitlines(): outputs |= json.loads(line)['outputs'] # the latest run counts
     wrong = [f for f, digest in outputs.items() if not (ROOT/f).exists() or sha256((ROOT/f).read_bytes()).hexdigest() != digest]
     assert outputs and not wrong, wrong
+
+def test_committed_numbers_are_of_kept_predictions():
+    "Tables that share rows rest on the same runs: every run id stands in a file of predictions. Tuning has scores alone."
+    if subprocess.run(['git', 'diff', '--quiet', 'HEAD', '--', 'results'], cwd=ROOT, stderr=subprocess.DEVNULL).returncode: pytest.skip('other results than the committed ones')
+    kept = {pq.read_schema(p).metadata[b'run_id'].decode() for p in (ROOT/'results'/'predictions').glob('*.parquet')}
+    tables = {p.stem: pd.read_csv(p, dtype=str) for p in (ROOT/'results'/'tables').glob('*.csv') if p.stem != 'tuning' and not p.stem.endswith('_beside_paper')}
+    strange = {n: odd for n, t in tables.items() if 'run_id' in t and (odd := set(t.run_id.dropna()) - kept)}
+    assert kept and not strange, strange
 
 # ---- installation
 
