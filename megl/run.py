@@ -24,7 +24,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from .core import choose, code_hash, get_device, project_root, provenance, set_seed, sha256, stable_hash, write_atomic
-from .classifiers import _BUILTIN, CLASSIFIERS, create_classifier, register_classifier
+from .classifiers import _BUILTIN, CLASSIFIERS, WEIGHT_FILES, create_classifier, register_classifier
 from .data import load_dataset
 from .get import add_data_commands
 from .metrics import VISUAL_SCORES, classification_metrics, iou_scores, missing_scores, text_metrics, visual_metrics
@@ -224,7 +224,7 @@ def _weights(text, backbone, usual): # of one backbone
     for b in named: choose('backbone', b, CLASSIFIERS)
     usual = '' if usual == 'captions' and backbone not in ('resnet_tiny', 'vit_tiny') else usual # pre-training here is for the small ones
     found = local_path(named.get(backbone) or usual)
-    if not Path(found).is_file() and (os.sep in found or Path(found).suffix in ('.pt', '.pth', '.safetensors')):
+    if not Path(found).is_file() and (os.sep in found or Path(found).suffix in WEIGHT_FILES):
         raise ValueError(f"weights {found!r}: no such file where the program runs or at the project's root")
     return '' if found == 'none' else found
 
