@@ -257,7 +257,9 @@ def create_classifier(
     "Make a classifier by name. `ValueError` for an unknown name or a size it cannot take, `TypeError` where a registered one lacks a member."
     factory = CLASSIFIERS[choose('classifier', name, CLASSIFIERS)]
     kw = {k: v for k, v in dict(weights=weights, image_size=image_size).items() if v is not None}
-    if 'image_size' not in signature(factory).parameters: kw.pop('image_size', None)
+    takes = signature(factory).parameters
+    if 'image_size' not in takes: kw.pop('image_size', None)
+    if weights is not None and 'weights' not in takes: raise ValueError(f"{name} takes no weights (its factory has no argument of that name): give weights 'none', not {str(weights)!r}")
     model = factory(num_classes, **kw)
     model.registered_name = name # by which a saved model is made again
     if name not in _BUILTIN: check_classifier(model)
@@ -266,7 +268,7 @@ def create_classifier(
 
 def register_classifier(
     name: str, # the name to create it by
-    factory, # called as factory(num_classes), with weights=… and, if it takes one, image_size=… where they are given
+    factory, # called as factory(num_classes), with weights=… and image_size=… where they are given and it has them
 ):
     "Make `create_classifier(name, ...)` call `factory`. One's own name can be used again; the four given ones cannot."
     if name in _BUILTIN:

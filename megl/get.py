@@ -145,7 +145,7 @@ def fetch(
                 problem = f'{e.code} {e.reason}'
             except (OSError, ValueError) as e: problem = str(e) # refused, reset, timed out, no such host
             failures = 0 if part.exists() and part.stat().st_size > before else failures + 1
-            if failures < tries: time.sleep(WAIT*2**failures)
+            if failures < tries: time.sleep(WAIT*2**max(0, failures - 1))
         else:
             raise DataError(f'{file.url}: {problem} ({tries} attempts): what has arrived is kept; run the command anew')
     try: verify(part, file)

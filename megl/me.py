@@ -239,7 +239,7 @@ def _picture(images, name, folders): # where a picture is, or should be
 def _rows(kept, images, folders, kind): # rows of `build_rows` for the selected pictures
     for name, (label, items) in kept.items():
         texts = _rationales(kind, label, [t for i in items for t in i.explanations])
-        maps = [m for i in items for m in i.maps]
+        maps = list(dict.fromkeys(m for i in items for m in i.maps)) # those of a picture come with each of its questions
         yield dict(id=Path(name).stem, name=name, image=_picture(images, name, folders), label=label, rationales=texts,
                    map=maps or None, group=name, questions=[i.id for i in items])
 
@@ -278,7 +278,7 @@ def build_object_me(
                  licence='photographs: each its own, see COCO; explanations: VQA-X, not stated; VQA v2: its terms',
                  source='VQA-X (arXiv 1802.08129), VQA v2, COCO 2014', name=f'build_object_me {_chosen(classes, top)}')
     folders = 'train2014', 'val2014', 'Images/train2014', 'Images/val2014'
-    chosen = select_objects(items, classes, top)
+    chosen = select_objects(items, classes, top, min_count)
     return _build(chosen, len(items), lost, images, out, folders, where, skip_broken, options, **about)
 
 # %% ../nbs/16_me.ipynb #48c21828

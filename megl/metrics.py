@@ -242,7 +242,7 @@ def randomization_cascade(
     trained = cam_forward(model, x)
     target, size = trained.logits.argmax(1), lambda m: sum(p.numel() for p in m.parameters(recurse=False))
     yield '', 0., trained
-    layers = [(n, m) for n, m in model.named_modules() if size(m)][::-1]
+    layers = sorted([(n, m) for n, m in model.named_modules() if size(m)][::-1], key=lambda l: l[0] != 'head') # the head, then back from the layer registered last
     stops = set(np.linspace(len(layers), 1, min(points, len(layers))).round().astype(int))
     done, total = 0, sum(size(m) for _, m in layers)
     for k, (name, m) in enumerate(layers, 1):
@@ -390,7 +390,7 @@ def _load_clip(clip, device):
 
 @torch.no_grad()
 def clip_score(
-    images, # N images (3,H,W), uint8 or float in [0,1]
+    images, # N images (3,H,W), uint8 or float in [0,1]; or what gives them by index
     texts: list, # N texts
     clip: Path|str|None = None, # a CLIP checkpoint: folder or hub id; None: MEGL_CLIP
     prefix: str = 'A photo depicts ', # before each text
@@ -405,7 +405,7 @@ def clip_score(
     pixels = lambda x: torch.as_tensor(x) if torch.as_tensor(x).dtype == torch.uint8 else (torch.as_tensor(x)*255).round().byte()
     for k in range(0, len(texts), batch_size):
         part = slice(k, k + batch_size)
-        given = processor(images=[pixels(x).cpu() for x in images[part]], text=[prefix + t for t in texts[part]],
+        given = processor(images=[pixels(images[i]).cpu() for i in range(*part.indices(len(texts)))], text=[prefix + t for t in texts[part]],
                           return_tensors='pt', padding=True, truncation=True).to(device)
         out = model(**given)
         scores.append(F.cosine_similarity(out.image_embeds, out.text_embeds).float().clamp(min=0).cpu().numpy()*2.5)

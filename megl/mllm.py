@@ -234,9 +234,7 @@ def save_pretrained(self: MLLM,
 ):
     "Write config and the generator's trained part."
     folder, g = Path(folder), self.generator; g.save_pretrained(folder/'generator')
-    generator = dict(base=g.base if g.tuned else None, feature_dim=g.feature_dim, question=g.question, checkpointing=g.checkpointing,
-        dtype=str(g.model.get_input_embeddings().weight.dtype).split('.')[-1], **{k: getattr(g, k).flatten().tolist() for k in ('pixel_mean', 'pixel_std')})
-    config = dict(mllm=dict(mode=self.mode, order=self.order), classes=self.classes, names=self.names, generator=generator)
+    config = dict(mllm=dict(mode=self.mode, order=self.order), classes=self.classes, names=self.names, generator=g.config())
     write_atomic(folder/'config.json', json.dumps(config, indent=1))
 
 @patch(cls_method=True)
@@ -248,9 +246,5 @@ def from_pretrained(cls: MLLM,
     folder = Path(folder); path = folder/'config.json'
     config = json.loads(path.read_text()) if path.exists() else {}
     if 'mllm' not in config: raise FileNotFoundError(f'{folder}: no config.json of an MLLM: give a folder written by MLLM.save_pretrained')
-    g = config['generator']
-    kw = {k: tuple(g[k]) for k in ('pixel_mean', 'pixel_std')} | dict(question=g['question'], checkpointing=g['checkpointing'], dtype=getattr(torch, g['dtype']), lora=False)
-    if isinstance(base, dict) and isinstance(g['base'], dict): base = g['base'] | base # the layer that is read stays
-    try: generator = RationaleGenerator.from_pretrained(base or g['base'] or folder/'generator'/'base', g['feature_dim'], **kw)
-    except OSError as e: raise OSError(f'{e}; if the base model has moved, say where it is with base=…') from None
-    return cls(generator.load_trained(folder/'generator'), config['classes'], config['names'], **config['mllm']).eval()
+    generator = RationaleGenerator.from_saved(folder/'generator', config['generator'], base)
+    return cls(generator, config['classes'], config['names'], **config['mllm']).eval()

@@ -46,6 +46,7 @@ class MEGL(nn.Module):
         classifier: nn.Module, # features, pool, head; see `04_classifiers`
         generator: nn.Module|None = None, # `RationaleGenerator`; None: no rationales
         classes: list|None = None, # class names, in the order of the logits
+        image_size: int = 0, # side of the images to load, pixels; 0: the largest that a part reads
     ):
         super().__init__()
         if generator is not None and generator.feature_dim != classifier.head.in_features:
@@ -53,10 +54,8 @@ class MEGL(nn.Module):
         self.classifier, self.generator = classifier, generator
         self.classes = list(classes or map(str, range(classifier.head.out_features)))
         if len(self.classes) != classifier.head.out_features: raise ValueError(f'{len(self.classes)} class names for a classifier of {classifier.head.out_features} classes: give one each')
+        self.image_size = image_size or max(m.image_size for m in (classifier, generator) if m is not None)
         for k in ('mean', 'std'): self.register_buffer(k, torch.tensor(getattr(classifier, k)).view(3, 1, 1), persistent=False)
-
-    @property
-    def image_size(self): return max(m.image_size for m in (self.classifier, self.generator) if m is not None) # side of the images to load, pixels
 
     def pixels(self,
         images: torch.Tensor, # (B, 3, H, W) pixels in [0, 1]
@@ -109,12 +108,13 @@ class Inference(NamedTuple):
 def infer(self: MEGL,
     images: torch.Tensor, # (B, 3, H, W) pixels in [0, 1]
     rationales: bool = False, # also generate
+    max_new_tokens: int = 40, # of a rationale
 ) -> Inference:
     "Probabilities and maps of a batch in evaluation mode, and rationales where asked for."
     images = unit_images(images, self.mean.device)
     with evaluating(self):
         cam = cam_forward(self.classifier, self.pixels(images))
-        said = self._generator().generate(images, cam.maps, cam.pooled) if rationales else None
+        said = self._generator().generate(images, cam.maps, cam.pooled, max_new_tokens) if rationales else None
     return Inference(cam.logits.float().softmax(1), cam.maps, cam.alive, said)
 
 @patch
@@ -123,7 +123,7 @@ def predict(self: MEGL,
     images: torch.Tensor, # (B, 3, H, W) pixels in [0, 1]
 ) -> torch.Tensor: # (B, C) probabilities
     "Class probabilities from the classifier alone."
-    with evaluating(self): return self(images, maps=False).logits.softmax(1)
+    with evaluating(self): return self(images, maps=False).logits.float().softmax(1)
 
 @patch
 @torch.no_grad()
@@ -132,12 +132,9 @@ def explain(self: MEGL,
     max_new_tokens: int = 40,
 ) -> list: # B `Explanation`s
     "Predicted class, its map, and the rationale generated from what the map shows."
-    images = unit_images(images, self.mean.device)
-    with evaluating(self):
-        cam = cam_forward(self.classifier, self.pixels(images))
-        said = [None]*len(images) if self.generator is None else self.generator.generate(images, cam.maps, cam.pooled, max_new_tokens)
-    top = cam.logits.softmax(1).max(1)
-    return [Explanation(self.classes[i], p, m, t) for i, p, m, t in zip(top.indices.tolist(), top.values.tolist(), cam.maps, said)]
+    out = self.infer(images, self.generator is not None, max_new_tokens); top = out.probabilities.max(1)
+    said = out.rationales or [None]*len(out.probabilities)
+    return [Explanation(self.classes[i], p, m, t) for i, p, m, t in zip(top.indices.tolist(), top.values.tolist(), out.maps, said)]
 
 # %% ../nbs/08_model.ipynb #1e3d3f78
 def _card(model, numbers, note): # README.md of a saved model
@@ -164,10 +161,7 @@ def save_pretrained(self: MEGL,
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in c.state_dict().items()}, folder/'classifier.safetensors')
     if g is not None: g.save_pretrained(folder/'generator')
-    pixels = lambda m: dict(pixel_mean=m.pixel_mean.flatten().tolist(), pixel_std=m.pixel_std.flatten().tolist())
-    generator = None if g is None else dict(base=g.base if g.tuned else None, feature_dim=g.feature_dim,
-        question=g.question, dtype=str(g.model.get_input_embeddings().weight.dtype).split('.')[-1], checkpointing=g.checkpointing, **pixels(g))
-    config = dict(classifier=c.registered_name, classes=self.classes, preprocessing=dict(image_size=c.image_size, mean=list(c.mean), std=list(c.std)), generator=generator)
+    config = dict(classifier=c.registered_name, classes=self.classes, image_size=self.image_size, preprocessing=dict(image_size=c.image_size, mean=list(c.mean), std=list(c.std)), generator=None if g is None else g.config())
     write_atomic(folder/'config.json', json.dumps(config, indent=1))
     if manifest is not None: write_atomic(folder/'run.json', json.dumps(manifest, indent=1))
     write_atomic(folder/'README.md', _card(self, card or {}, note))
@@ -185,22 +179,19 @@ def from_pretrained(cls: MEGL,
     classifier = create_classifier(config['classifier'], len(config['classes']), image_size=config['preprocessing']['image_size'])
     classifier.load_state_dict(load_file(folder/'classifier.safetensors'))
     for k in ('mean', 'std'): setattr(classifier, k, tuple(config['preprocessing'][k]))
-    g, made = generator and config['generator'], None
-    if g:
+    made = None
+    if generator and config['generator']:
         from megl.rationale import RationaleGenerator
-        kw = {k: tuple(g[k]) for k in ('pixel_mean', 'pixel_std')} | dict(question=g['question'], checkpointing=g['checkpointing'], dtype=getattr(torch, g['dtype']), lora=False)
-        if isinstance(base, dict) and isinstance(g['base'], dict): base = g['base'] | base # the layer that is read stays
-        try: made = RationaleGenerator.from_pretrained(base or g['base'] or folder/'generator'/'base', g['feature_dim'], **kw)
-        except OSError as e: raise OSError(f'{e}; if the base model has moved, say where it is with base=…') from None
-        made.load_trained(folder/'generator')
-    return cls(classifier, made, config['classes']).eval()
+        made = RationaleGenerator.from_saved(folder/'generator', config['generator'], base)
+    return cls(classifier, made, config['classes'], config['image_size']).eval()
 
 def _local(folder, leave=None): # a folder; or the hub's copy of one, without the files that `leave` matches
     name = str(folder)
     if Path(name).exists() or name.startswith(('/', '.')) or name.count('/') != 1: return Path(name)
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(name, ignore_patterns=leave))
-    except Exception as e: raise FileNotFoundError(f'{name}: no folder of that name, and no model of that id on this machine or the hub ({type(e).__name__})') from None
+    except Exception as e: raise FileNotFoundError(f'{name}: no folder of that name, and no model of that id on this machine or the hub ({type(e).__name__}). '
+                                                   f'Give a local folder, or download it once (megabytes) where there is a network, with HF_HUB_OFFLINE unset: hf download {name}') from None
 
 @patch
 def push_to_hub(self: MEGL,

@@ -97,6 +97,8 @@ def adapted(
     config.base_model_name_or_path = None # peft fills in this one's, and would warn of a base that has moved
     if config.exclude_modules is None: config.exclude_modules = r'.*(vision_tower|multi_modal_projector).*'
     model = get_peft_model(llava, config)
+    if reached := [n for n, p in model.named_parameters() if 'vision_tower' in n and p.requires_grad]:
+        raise ValueError(f'{type(config).__name__} reaches the vision tower, which stays frozen ({reached[0]}): name modules of the language model, or leave exclude_modules to be filled in')
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
     return model
@@ -234,9 +236,12 @@ def _load(kind, base, **kw): # from_pretrained, quiet about weights that are not
     if missing := sorted(found['missing_keys']): raise OSError(f"{len(missing)} of the model's weights are not in it, {missing[0]} for one")
     return model
 
-def _pixels(base, size): # the constructor's pixel_mean and pixel_std, as the checkpoint's image processor has them
-    try: p = AutoImageProcessor.from_pretrained(base)
-    except (OSError, ValueError): return {} # none there: CLIP's
+def _pixels(base, vision, given): # the constructor's pixel_mean and pixel_std: given, or as the checkpoint's image processor has them, or CLIP's
+    if {'pixel_mean', 'pixel_std'} <= given.keys(): return {}
+    try: p, size = AutoImageProcessor.from_pretrained(base or '.'), vision.image_size
+    except (OSError, ValueError):
+        if vision.model_type.startswith('clip'): return {}
+        raise ValueError(f'{base or vision.model_type}: no image processor says how its pixels are normalised: give pixel_mean and pixel_std') from None
     side = dict(getattr(p, 'crop_size', None) or p.size or {}).get('height', size)
     if side != size: raise ValueError(f'{base}: its processor makes images of {side} pixels, its vision tower takes {size}')
     return dict(pixel_mean=tuple(p.image_mean), pixel_std=tuple(p.image_std))
@@ -268,7 +273,7 @@ def from_pretrained(cls: RationaleGenerator,
         llava = _load(LlavaForConditionalGeneration, base, dtype=dtype, attn_implementation=attn)
         tokenizer = AutoTokenizer.from_pretrained(base)
     except OSError as e: raise _missing(base, 'LLaVA checkpoint', e) from None
-    pixels = _pixels(base, llava.config.vision_config.image_size)
+    pixels = _pixels(base, llava.config.vision_config, kw)
     return cls(llava, tokenizer, feature_dim, base=str(base), **{**pixels, **kw})
 
 # %% ../nbs/07_rationale.ipynb #0a8b0272
@@ -357,10 +362,11 @@ def from_parts(cls: RationaleGenerator,
     hf_logging.disable_progress_bar()
     tower, lm = _part(vision, 'vision tower', dtype, attn), _part(llm, 'causal language model', dtype, attn)
     named = all(isinstance(p, (str, Path)) for p in (vision, llm)) and tokenizer is None
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(lm.name_or_path)
+    try: tokenizer = tokenizer or AutoTokenizer.from_pretrained(lm.name_or_path)
+    except (OSError, ValueError) as e: raise _missing(llm if named else lm.name_or_path, 'tokenizer', e) from None
     llava = assemble_llava(tower, lm, tokenizer, layer)
     if isinstance(tower, Tower): pixels = dict(pixel_mean=tuple(tower.tower.mean), pixel_std=tuple(tower.tower.std))
-    else: pixels = _pixels(tower.name_or_path, llava.config.vision_config.image_size) if tower.name_or_path else {}
+    else: pixels = _pixels(tower.name_or_path, llava.config.vision_config, kw)
     base = dict(vision=str(vision), llm=str(llm), layer=layer) if named else None
     return cls(llava, tokenizer, feature_dim, **{'base': base, **pixels, **kw})
 
@@ -394,6 +400,27 @@ def load_trained(self: RationaleGenerator,
     self.w_i.load_state_dict(load_file(Path(folder)/'w_i.safetensors'))
     return self
 
+@patch
+def config(self: RationaleGenerator) -> dict: # for json
+    "What `from_saved` needs besides the files: the base by name, question, pixels, precision."
+    pixels = {k: getattr(self, k).flatten().tolist() for k in ('pixel_mean', 'pixel_std')}
+    return dict(base=self.base if self.tuned else None, feature_dim=self.feature_dim, question=self.question,
+                dtype=str(self.model.get_input_embeddings().weight.dtype).split('.')[-1], checkpointing=self.checkpointing, **pixels)
+
+@patch(cls_method=True)
+def from_saved(cls: RationaleGenerator,
+    folder: str|Path, # written by `save_pretrained`
+    config: dict, # of `config`
+    base: str|dict|None = None, # where the base model is now, if it has moved; of one made of parts, its `vision` and `llm`
+): # RationaleGenerator
+    "Read a generator back: base, adapter, W_I."
+    kw = config | {k: tuple(config[k]) for k in ('pixel_mean', 'pixel_std')} | dict(dtype=getattr(torch, config['dtype']))
+    named = kw.pop('base')
+    if isinstance(base, dict) and isinstance(named, dict): base = named | base # the layer that is read stays
+    try: made = cls.from_pretrained(base or named or Path(folder)/'base', lora=False, **kw)
+    except OSError as e: raise OSError(f'{e}; if the base model has moved, say where it is with base=…') from None
+    return made.load_trained(folder)
+
 # %% ../nbs/07_rationale.ipynb #2c791d3b
 def _kept(f, params): # bytes that the call f() keeps for its backward pass, parameters not counted
     own, kept = {p.untyped_storage()._cdata for p in params}, {}
@@ -411,6 +438,7 @@ def memory_estimate(
     batch_size: int = 1, # samples in one forward pass
     text_tokens: int = 40, # of a rationale
     half: bool = False, # autocast to 16 bits; a base in half precision computes so anyway
+    passes: int = 1, # through the language model in one step: an MLLM that is asked two questions makes two
     margin: float = .1, # of the sum, added
     generated: int = 0, # samples whose rationales are written at once, between epochs and in the end
 ) -> dict: # GB (10⁹ bytes): weights, gradients, optimiser, activations, logits, cache (of generation), total
@@ -426,7 +454,7 @@ def memory_estimate(
         rank = max((getattr(c, 'r', 0) for c in getattr(generator.llava, 'peft_config', {}).values()), default=0)
         for c, n, per_h, per_m, more in ((config.text_config, tokens, 20 if each == 2 else 14, 3, 4*rank), (config.vision_config, seen+1, 6, 2, 0)):
             h, depth = c.hidden_size, getattr(c, 'num_hidden_layers', 1); one = per_h*h + per_m*getattr(c, 'intermediate_size', 4*h) + more
-            acts += batch_size*n*each*(depth*h + one if generator.checkpointing else depth*one)
+            acts += (passes if c is config.text_config else 1)*batch_size*n*each*(depth*h + one if generator.checkpointing else depth*one)
         if half and base.itemsize == 4 and not generator.checkpointing: acts += sum(p.numel()*2 for p in generator.parameters() if p.ndim > 1)
         logits = batch_size*text_tokens*config.text_config.vocab_size*(each + 2*4) # as computed, in float32, and its gradient
         c = config.text_config; heads = getattr(c, 'num_key_value_heads', None) or c.num_attention_heads
@@ -437,11 +465,12 @@ def memory_estimate(
 def memory_advice(
     needed: dict, # of `memory_estimate`
     available: float, # GB
+    checkpointing: bool = False, # is it on already?
 ) -> str|None: # one line; None if it fits
     "What to do where a step does not fit."
     if needed['total'] <= available: return None
     step = needed['activations'] + needed['logits']; moving = max(step, needed['cache']); still = sum(needed[k] for k in ('weights', 'gradients', 'optimiser'))
     fixed = needed['total']*still/(still + moving) # what no smaller batch would save
-    do = ('fewer samples generated at once' if step < moving else 'gradient checkpointing, or a smaller batch with more batches accumulated') if fixed < available else (
-          'a base in bfloat16, a smaller language model, or several GPUs with the base sharded over them')
+    do = 'a base in bfloat16, a smaller language model, or several GPUs with the base sharded over them (nbs/params/accelerate_fsdp.yaml)'
+    if fixed < available: do = 'a smaller eval_batch' if step < moving else 'gradient checkpointing, or '*(not checkpointing) + 'a smaller batch_size with a larger accumulate'
     return f"needs about {needed['total']:.0f} GB, this device has {available:.0f}: use {do}"

@@ -185,9 +185,12 @@ def crossed_bootstrap(
     S, N = differences.shape
     return np.concatenate([((of_seeds/max(1, S-1) @ differences)*(of_images/N)).sum(1) for of_seeds, of_images in _draws(S, N, resamples, seed)])
 
-def _student(seeds, draws, confidence): # low and high of the mean of the seeds' differences, from bootstrap draws of it
+def _seeds_variance(seeds, n): # of the seeds' differences; at least the rounding of two means over n images, so that seeds which happen to agree prove nothing
+    return max(np.var(seeds, ddof=1), 1/(6*n**2))
+
+def _student(seeds, draws, confidence, n): # low and high of the mean of the seeds' differences, from bootstrap draws of it; n images
     S, v = len(seeds), draws.var()
-    share = min(v, np.var(seeds, ddof=1)/S) if S > 1 else 0. # the seeds' part of the variance
+    share = min(v, _seeds_variance(seeds, n)/S) if S > 1 else 0. # the seeds' part of the variance
     half = v**.5*(stats.t.ppf((1 + confidence)/2, (S - 1)*(v/share)**2) if share > 0 else stats.norm.ppf((1 + confidence)/2))
     return float(seeds.mean() - half), float(seeds.mean() + half)
 
@@ -206,9 +209,8 @@ class PairedTest(NamedTuple):
     seeds: int
     images: int
 
-def _seeds_t(differences): # p of Student's t over the seeds' differences
-    d = np.asarray(differences)
-    return float(stats.ttest_1samp(d, 0).pvalue) if len(d) > 1 and d.std() > 1e-12 else float(len(d) < 2 or not d.any())
+def _seeds_t(d, n): # p of Student's t over the seeds' differences d, means over n images; 1 for one seed
+    return float(2*stats.t.sf(abs(d.mean())/np.sqrt(_seeds_variance(d, n)/len(d)), len(d) - 1)) if len(d) > 1 else 1.
 
 def paired_test(
     a, # (S, N) scores of one method, seeds × images; (N,) for one seed
@@ -223,9 +225,9 @@ def paired_test(
         raise ValueError(f'scores must pair as (seeds, images), got {a.shape} and {b.shape}')
     if not np.isfinite(d := a - b).all(): raise ValueError('scores must be finite: leave out images without a score')
     images, seeds = d.mean(0), d.mean(1)
-    low, high = _student(seeds, crossed_bootstrap(d, resamples, seed), confidence)
+    low, high = _student(seeds, crossed_bootstrap(d, resamples, seed), confidence, len(images))
     p_images, p_seeds = (sign_flip_test(x, resamples, seed) for x in (images, seeds))
-    p_t = _seeds_t(seeds)
+    p_t = _seeds_t(seeds, len(images))
     spread = images.std(ddof=1) if len(images) > 1 else 0.
     effect = float(images.mean()/spread) if spread > 1e-12 else np.nan
     return PairedTest(float(d.mean()), low, high, p_images, p_t, max(p_images, p_t), p_seeds,
@@ -259,8 +261,8 @@ def bootstrap_test(
     for size in [min(1000, resamples - k) for k in range(0, resamples, 1000)]:
         images, runs = rng.multinomial(N, np.full(N, 1/N), size=size), rng.multinomial(max(1, S-1), np.full(S, 1/S), size=size)/max(1, S-1)
         drawn.append(((score(images @ a) - score(images @ b)).T*runs).sum(1)) # images @ a: (S, size, K)
-    drawn = np.concatenate(drawn); low, high = _student(seeds, drawn, confidence)
-    p = min(1., 2*(1 + min((drawn <= 0).sum(), (drawn >= 0).sum()))/(resamples + 1)); p_t = _seeds_t(seeds)
+    drawn = np.concatenate(drawn); low, high = _student(seeds, drawn, confidence, N)
+    p = min(1., 2*(1 + min((drawn <= 0).sum(), (drawn >= 0).sum()))/(resamples + 1)); p_t = _seeds_t(seeds, N)
     return BootstrapTest(float(seeds.mean()), low, high, p, p_t, max(p, p_t), S, N)
 
 # %% ../nbs/12_report.ipynb #576f1800

@@ -10,9 +10,9 @@ __all__ = ['METHODS', 'TUNED', 'PRESETS', 'CODE', 'SAMPLE_SCORES', 'REPRODUCE', 
            'check_injected', 'Experiment', 'experiments', 'NotebookError', 'run_notebook', 'parser', 'main']
 
 # %% ../nbs/13_run.ipynb #21b82eae
-import argparse, ast, dis, hashlib, inspect, json, linecache, os, shutil, sys, time
+import argparse, ast, dis, functools, hashlib, inspect, json, linecache, os, shutil, sys, time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +72,7 @@ class Preset:
     llava: tuple = () # overrides of `small_llava_config`, as pairs
     lora: tuple = (('r', 8), ('lora_alpha', 16), ('lora_dropout', 0.)) # of `lora_config`, as pairs
     limit: tuple = () # samples per split at most, as pairs; () is all
+    image_size: int = 0 # side of the images that every method loads, pixels; 0: what its model needs
     tuned: dict = field(default_factory=dict) # (backbone, method) → overrides of `train`
 
 TUNED = { # by 41_tuning
@@ -103,7 +104,7 @@ PRESETS = {p.name: p for p in (
     Preset('photos', TrainConfig(epochs=12, batch_size=4, lr=2e-4, lr_generator=1e-3), base=dict(vision='openai/clip-vit-base-patch32', llm='HuggingFaceTB/SmolLM2-135M-Instruct'),
            weights='IMAGENET1K_V1', backbones=('resnet18',), lora=(('r', 16), ('lora_alpha', 32), ('lora_dropout', .05))),
     Preset('paper', TrainConfig(epochs=10, batch_size=8, accumulate=4, lr=1e-4, lr_generator=5e-5, precision='bf16', workers=4, eval_batch=8), base='llava-hf/llava-1.5-7b-hf', weights='IMAGENET1K_V1',
-           backbones=('resnet18', 'vit_b_16'), lora=(('r', 32), ('lora_alpha', 64), ('lora_dropout', .05)), generator=(('dtype', 'bfloat16'), ('checkpointing', True))),
+           backbones=('resnet18', 'vit_b_16'), image_size=336, lora=(('r', 32), ('lora_alpha', 64), ('lora_dropout', .05)), generator=(('dtype', 'bfloat16'), ('checkpointing', True))),
 )}
 
 # %% ../nbs/13_run.ipynb #60aed331
@@ -139,17 +140,27 @@ def _text(f): # of a function or a class. Of a notebook's class inspect finds no
     plain = [(k, v) for k, v in getattr(f, '__dict__', {}).items() if isinstance(v, (int, float, str, tuple)) and not k.startswith('__')]
     return next((ast.get_source_segment(c, n) for line, c in cells for n in ast.walk(ast.parse(c)) if holds(n, line)), f'{f.__module__}.{f.__qualname__} {plain}')
 
-def _own_code(factory): # hash of the text of what a factory leads to in its module
-    factory = getattr(factory, 'func', factory) # of a partial
-    factory = factory if hasattr(factory, '__qualname__') else type(factory)
-    found, todo = {}, [factory]
+def _inside(code): # names that code looks up in its module, and the code of comprehensions and functions within it
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
+    return names.union(*(_inside(c) for c in code.co_consts if inspect.iscode(c)))
+
+def _unwrapped(factory): # the function or class that is called, and what a partial or an object brings along
+    brought = []
+    while isinstance(factory, functools.partial): brought += [*factory.args, *sorted(factory.keywords.items())]; factory = factory.func
+    if hasattr(factory, '__qualname__'): return factory, brought
+    return type(factory), brought + sorted(getattr(factory, '__dict__', {}).items())
+
+def _own_code(factory): # hash of the text of what a factory leads to in its module, and of the values that it is called with
+    factory, brought = _unwrapped(factory); values = [v for b in brought for v in (b if isinstance(b, tuple) else (b,))]
+    code = lambda v: (inspect.isfunction(v) or inspect.isclass(v)) and v.__module__ == factory.__module__
+    found, todo = {}, [factory, *filter(code, values)]
     while todo:
         f = todo.pop(); found[f] = _text(f); named = list(getattr(f, '__bases__', ()))
         for m in _functions(f):
-            named += [m.__globals__.get(i.argval) for i in dis.get_instructions(m) if i.opname == 'LOAD_GLOBAL']
-            named += [c.cell_contents for c in m.__closure__ or ()]
-        todo += [v for v in named if (inspect.isfunction(v) or inspect.isclass(v)) and v not in found and v.__module__ == factory.__module__]
-    return stable_hash(sorted(found.values()))
+            named += [m.__globals__.get(n) for n in sorted(_inside(m.__code__))] + [c.cell_contents for c in m.__closure__ or ()]
+        todo += [v for v in named if code(v) and v not in found]
+    plain = [v if isinstance(v, (str, int, float, list, dict, type(None))) else type(v).__name__ for v in values]
+    return stable_hash(sorted(found.values()) + ([plain] if plain else []))
 
 def _processes(): return int(os.environ.get('WORLD_SIZE', 1)) # that train together, as their launcher says
 
@@ -173,13 +184,14 @@ class Run:
     code: str # hash of the code, when the run was made
     device: str # cpu, cuda, mps: each rounds in its own way
     processes: int = 1 # that train it together
+    image_size: int = 0 # side of the images that are loaded, pixels; 0: what the model needs
     parts: tuple = () # name and hash of the code of a classifier or tower of one's own
 
     def __post_init__(self): # once: a run keeps its folder, whatever becomes of the weights' file; `key` is what was asked for
         vars(self).update(id=self._identity(), key=self._identity('code', 'device', 'parts'))
     def _identity(self, *but): # what determines the numbers; local weights by their content, wherever they lie
         base = {k: _content(v) for k, v in self.base.items()} if isinstance(self.base, dict) else _content(self.base)
-        usual = ('processes', 1), ('parts', ())
+        usual = ('processes', 1), ('image_size', 0), ('parts', ())
         asked = {k: v for k, v in asdict(self).items() if k not in ('dataset', *but) and (k, v) not in usual}
         return stable_hash(asked | dict(base=base, weights=_content(self.weights), train=asdict(replace(self.train, workers=0)))) # no number depends on workers
     @property
@@ -196,13 +208,14 @@ def make_run(
     device: str = 'auto', # where it is to run
     base: str = '', # a LLaVA checkpoint, or a vision tower and a language model with a comma between; hub ids or folders; '': the preset's
     weights: str = '', # of the classifier: torchvision's by name, a state dict's path, 'captions', or 'none'; or BACKBONE=… for each, with commas between; '': the preset's
-    **overrides # of TrainConfig: for instance lambda_v=.3
+    **overrides # of TrainConfig: for instance lambda_v=.3; the weight of a term that the method does not have is 0 all the same
 ) -> Run:
     "Resolve names and preset into a run. Raises `ValueError` listing the valid names."
+    for k in overrides: choose('setting', k, [f.name for f in fields(TrainConfig) if f.name not in ('seed', 'visual')]) # these two are the run's and the method's
     on = METHODS[choose('method', method, METHODS)]; choose('backbone', backbone, backbones_of(method, CLASSIFIERS))
     p = PRESETS[choose('preset', preset, PRESETS)]; chosen = {**p.tuned.get((backbone, method.removesuffix('-class-first')), {}), **overrides}
     terms = dict(lambda_t=float(chosen.pop('lambda_t', 1.)*on.text), lambda_v=float(chosen.pop('lambda_v', 1.)*on.visual))
-    dc = chosen.pop('lambda_dc', None if on.consistency else 0.)
+    dc = chosen.pop('lambda_dc', None) if on.consistency else chosen.pop('lambda_dc', 0.)*0.
     train = replace(p.train, seed=seed, visual=on.form, lambda_dc=dc if dc is None else float(dc), **terms, **(dict(epochs=epochs) if epochs else {}) | chosen)
     if not train.lambda_t: train = replace(train, lr_generator=0.) # there is none
     weights, base = '' if on.mllm else _weights(weights, backbone, p.weights), _base(base) if base else p.base
@@ -211,7 +224,7 @@ def make_run(
     made = p.pretrain if weights == 'captions' or train.lambda_t and not base else None
     return Run(str(dataset), backbone, method, seed, preset, train, p.limit, made, base, generator, weights, llava, lora,
                _fingerprint(_open(dataset)), _CODE[bool(on.mllm)], get_device(device).type,
-               _processes(), tuple((name, _own_code(factory)) for _, name, factory in _own_parts(backbone, base)))
+               _processes(), p.image_size, tuple((name, _own_code(factory)) for _, name, factory in _own_parts(backbone, base)))
 
 def local_path(
     name: str, # a path, or a name
@@ -222,7 +235,8 @@ def local_path(
 def _weights(text, backbone, usual): # of one backbone
     named = dict(t.strip().split('=', 1) for t in text.split(',')) if '=' in text and not Path(text).exists() else {backbone: text}
     for b in named: choose('backbone', b, CLASSIFIERS)
-    usual = '' if usual == 'captions' and backbone not in ('resnet_tiny', 'vit_tiny') else usual # pre-training here is for the small ones
+    small, own = backbone in ('resnet_tiny', 'vit_tiny'), backbone not in _BUILTIN # pre-training here is for the small ones; one's own brings its weights itself
+    usual = '' if own or usual == 'captions' and not small else usual
     found = local_path(named.get(backbone) or usual)
     if not Path(found).is_file() and (os.sep in found or Path(found).suffix in WEIGHT_FILES):
         raise ValueError(f"weights {found!r}: no such file where the program runs or at the project's root")
@@ -290,17 +304,19 @@ def _sharded(run): # over how many processes the language model's frozen layers 
 def _must_fit(run, generator, classifier, available): # GB; an honest estimate before a long start
     from megl.rationale import memory_advice, memory_estimate
     longest = max(map(len, generator.tokenizer(_texts(run)).input_ids)) + 1 if generator else 0 # a batch is padded to its longest rationale
-    needed = memory_estimate(generator, classifier, run.train.batch_size, max(40, longest), half=run.train.precision != 'no', generated=run.train.eval_batch*bool(generator))
+    needed = memory_estimate(generator, classifier, run.train.batch_size, max(40, longest), half=run.train.precision != 'no',
+                             passes=1 + (METHODS[run.method].mllm == 'answer'), generated=run.train.eval_batch*bool(generator))
     if (world := _sharded(run)) > 1:
         layers = decoder_layers(generator.model.model.language_model)
         sizes = [sum(p.numel()*p.element_size() for p in m.parameters() if not p.requires_grad)/1e9 for m in layers]
-        needed['total'] -= max(0., sum(sizes)*(1 - 1/world) - 2*max(sizes)) # elsewhere; one layer computes while the next is gathered
-    if advice := memory_advice(needed, available): raise ValueError(f'{run}: {advice}')
+        elsewhere = max(0., sum(sizes)*(1 - 1/world) - 2*max(sizes)) # one layer computes while the next is gathered
+        needed |= dict(weights=needed['weights'] - elsewhere, total=needed['total'] - elsewhere)
+    if advice := memory_advice(needed, available, bool(generator and generator.checkpointing)): raise ValueError(f'{run}: {advice}')
 
 def _must_compute(run, supported): # bfloat16 where it is asked for
     asked = run.train.precision == 'bf16' or dict(run.generator).get('dtype') == 'bfloat16'
     if asked and not supported:
-        raise ValueError(f"{run}: preset {run.preset} computes in bfloat16, which this GPU cannot: take a preset with precision 'fp16' and dtype 'float16', or another GPU")
+        raise ValueError(f"{run}: preset {run.preset} computes in bfloat16, which this GPU cannot: take one that can (NVIDIA's since Ampere)")
 
 def build_model(run: Run, out: Path, classes: list, device='auto'):
     "The run's model before training: MEGL, or MLLM."
@@ -319,7 +335,7 @@ def build_model(run: Run, out: Path, classes: list, device='auto'):
     if mode:
         from megl.mllm import MLLM
         model = MLLM(generator, classes, mode=mode, order=METHODS[run.method].order)
-    else: model = MEGL(classifier, generator, classes)
+    else: model = MEGL(classifier, generator, classes, run.image_size)
     return model if _sharded(run) > 1 else model.to(where) # a sharded one is moved by `fit`, layer by layer
 
 # %% ../nbs/13_run.ipynb #b00c06c2
@@ -378,6 +394,11 @@ def load_predictions(run: Run, out: Path|str, stored: bool = False) -> pd.DataFr
     "The predictions of a finished run."
     return read_predictions(predictions_file(run, out, stored))
 
+class _Pictures: # of a split, each read when it is asked for
+    def __init__(self, dataset): self.dataset = dataset
+    def __len__(self): return len(self.dataset)
+    def __getitem__(self, i): return self.dataset[i].image
+
 def _sized(found, n): return {k: dict(value=float(v), n=int(n)) for k, v in found.items() if isinstance(v, (int, float)) and v == v}
 
 def _named(texts, classes, wanted): # share of texts whose first named class is the wanted one
@@ -403,7 +424,7 @@ def metrics_of(
         found |= _sized({k: seen[k] for k in ('energy', 'energy_gain')}, seen['defined'])
     if p.rationale.notna().all():
         found |= _sized({f'names_{k}': _named(p.rationale, test.classes, p[c]) for k, c in (('predicted', 'predicted'), ('true', 'label'))}, len(p))
-        images = None if 'clipscore' in missing_scores() else [s.image for s in test]
+        images = None if 'clipscore' in missing_scores() else _Pictures(test)
         said = text_metrics(list(p.rationale), [r['rationales'] for r in test.records], correct=(p.label == p.predicted).tolist(), images=images)
         few = {k: v for k, v in said.items() if k.startswith('filtered_') and not k.startswith('filtered_x')}
         found |= _sized({k: v for k, v in said.items() if k != 'n' and k not in few}, len(p)) | _sized(few, said['filtered_n'])
@@ -431,24 +452,29 @@ def execute(
     _own_gpu(device); out = Path(out); folder = run_folder(run, out); folder.mkdir(parents=True, exist_ok=True)
     first = int(os.environ.get('RANK', 0)) == 0 # of the processes that train this run together
     if get_device(device).type == 'cpu': torch.set_num_threads(1)
-    finished = lambda: not force and (folder/'run.json').exists()
+    last, kept = folder/'last.pt', folder/'predictions.parquet'
+    def finished():
+        if force or not (folder/'run.json').exists(): return False
+        if first: last.unlink(missing_ok=True) # left by a process that died just then
+        return True
     if finished(): return f'{run}: reused' # seen by all processes of a run
     with _alone(folder, run) if first else nullcontext():
         if finished(): return f'{run}: reused' # by another process, meanwhile
         if run.code != (here := _CODE[bool(METHODS[run.method].mllm)]):
             raise ValueError(f'{run}: defined by other code of megl ({run.code}, here {here}): start Python again, and all workers, and define it anew')
         if run.processes != _processes(): raise ValueError(f'{run}: defined where {run.processes} train together, here {_processes()} do: call make_run in the processes that train')
+        if run.device != (here := get_device(device).type): raise ValueError(f'{run}: defined for {run.device}, here it would train on {here}: give make_run the device of the machine that trains')
         if force and first:
             for p in folder.iterdir():
                 if p.name != 'lock': shutil.rmtree(p) if p.is_dir() else p.unlink()
-        began = time.time(); train, val, test = (_split(run, s) for s in ('train', 'val', 'test')); last, kept = folder/'last.pt', folder/'predictions.parquet'
+        began = time.time(); train, val, test = (_split(run, s) for s in ('train', 'val', 'test'))
         predicted = not force and last.exists() and kept.exists() and kept.stat().st_mtime_ns >= last.stat().st_mtime_ns # by an attempt whose metrics failed
         model = build_model(run, out, train.classes, device)
         history = fit(model, train, val, run.train, folder, device, progress=False, quiet=True)
         if not first and _sharded(run) == 1: return f'{run}: trained'
         made = provenance()
         if not predicted:
-            predictions = predict_dataset(model, test, run.train.eval_batch, bool(run.train.lambda_t)) # by all processes where the layers are sharded
+            predictions = predict_dataset(model, test, run.train.eval_batch, bool(run.train.lambda_t), run.train.workers) # by all processes where the layers are sharded
             if first: write_predictions(predictions, kept, run_id=run.id, commit=str(made['commit']))
         if not first: return f'{run}: trained'
         history.to_csv(folder/'history.csv', index=False); found = {}
@@ -459,7 +485,7 @@ def execute(
             card = dict(card={k: v['value'] for k, v in found.items()}, manifest=about, note=f'Measured on the test split of {train.name}: {run}, preset {run.preset}.') # an MLLM has no card
             model.save_pretrained(folder/'model', **({} if METHODS[run.method].mllm else card))
         write_atomic(folder/'run.json', json.dumps(about, indent=1))
-        last.unlink()
+        last.unlink(missing_ok=True)
     return f'{run}: trained in {seconds:.0f} s'
 
 # %% ../nbs/13_run.ipynb #84a2d3d5
@@ -691,15 +717,19 @@ def _suite(a): # several notebooks, each with the parameters that it has
     print('written:', *(str(p) for d in ('tables', 'figures') for p in sorted((out/d).glob('*')) if p.stem.split('_')[0] in a.suite or p.stem in a.suite), sep='\n  ')
     print(f'{(time.time()-began)/60:.1f} minutes')
 
+def _values(pairs): # of -p NAME VALUE
+    import yaml
+    return {k: yaml.safe_load(v) for k, v in pairs or []}
+
 def _run(a):
     import yaml
     given = {} if a.file is None else yaml.safe_load(Path(a.file).read_text(encoding='utf-8'))
-    given |= {k: yaml.safe_load(v) for k, v in a.parameters or []} | (dict(from_predictions=True) if a.from_predictions else {})
+    given |= _values(a.parameters) | (dict(from_predictions=True) if a.from_predictions else {})
     run_notebook(a.experiment, given, a.out_dir or given.get('out_dir') or 'results/runs/smoke')
 
 def _train(a):
     _own_gpu(a.device)
-    run = make_run(a.dataset, *backbones_of(a.method, (a.backbone or PRESETS[a.preset].backbones[0],)), a.method, a.seed, a.preset, a.epochs, a.device, a.base, a.weights)
+    run = make_run(a.dataset, *backbones_of(a.method, (a.backbone or PRESETS[a.preset].backbones[0],)), a.method, a.seed, a.preset, a.epochs, a.device, a.base, a.weights, **_values(a.settings))
     done = execute(run, project_root()/a.out_dir, a.device, a.force)
     if int(os.environ.get('RANK', 0)) == 0: print(done, run_folder(run, project_root()/a.out_dir), sep='\n')
 
@@ -743,6 +773,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--preset', default='smoke', choices=PRESETS)
     p.add_argument('--epochs', type=int, default=0, help="0: the preset's")
+    p.add_argument('-p', dest='settings', nargs=2, action='append', metavar=('NAME', 'VALUE'), help="a setting of TrainConfig in place of the preset's, such as -p accumulate 1")
     p.add_argument('--device', default='auto')
     p.add_argument('--force', action='store_true', help='train again even if finished')
     p.add_argument('--out-dir', default='results/runs/smoke')
@@ -763,4 +794,4 @@ def main(args=None):
     try: sys.exit(a.do(a)) # None is 0
     except (ValueError, OSError) as e: sys.exit(print(f'megl: {e}', file=sys.stderr) or 2)
     except (NotebookError, FloatingPointError) as e: sys.exit(print(f'megl: {e}', file=sys.stderr) or 1)
-    except KeyboardInterrupt: sys.exit(print('\nmegl: interrupted; run the same command again to continue', file=sys.stderr) or 130)
+    except KeyboardInterrupt: sys.exit(print('\nmegl: interrupted; run the same command again, without --force, to continue', file=sys.stderr) or 130)

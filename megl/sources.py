@@ -129,7 +129,7 @@ def _finish(out, found, samples, skipped, min_count, seed, annotated, to_array, 
                         + '; '.join(f'{len(v)} {k}' for k, v in skipped.items()))
     try: twins = _assign(kept, seed, annotated)
     except DataError: raise # it has its own remedy
-    except ValueError as e: raise DataError(f'{out}: {e}: lower min_count is no help, more pictures are') from None
+    except ValueError as e: raise DataError(f'{out}: {e}: a lower min_count will not help: add pictures') from None
     histogram = dict(Counter(s['label'] for s in kept).most_common()); mixed = sorted(kept, key=lambda s: stable_hash(s['id']))
     lines = ({k: v for k, v in s.items() if k not in ('name', 'thumb', 'digest')}
              | dict(map=None if s['map'] is None else to_array(s['map']))

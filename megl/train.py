@@ -108,10 +108,11 @@ def predict_dataset(
     dataset, # any split; its transform is replaced by the evaluation transform
     batch_size: int = 64,
     rationales: bool = False, # also generate
+    workers: int = 0, # processes that load data
 ) -> pd.DataFrame: # id, label, predicted, probabilities, map (h×w, flat), height, width, alive, rationale, answer
     "Predictions in the order of the dataset; what a model does not give is None."
     rows, ds = [], dataset.with_transform(eval_transform(model.image_size))
-    for batch in DataLoader(ds, batch_size, collate_fn=collate):
+    for batch in DataLoader(ds, batch_size, collate_fn=collate, num_workers=workers):
         out, none = model.infer(batch['images'].to(next(model.parameters()).device), rationales), [None]*len(batch['ids'])
         h, w = (0, 0) if out.maps is None else out.maps.shape[1:]
         maps = none if out.maps is None else out.maps.float().flatten(1).tolist()
@@ -142,7 +143,7 @@ def trained_state(model) -> dict: # name → tensor, on the CPU, copied
 
 def save_checkpoint(path: Path, **content):
     "Write a checkpoint, whole or not at all."
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}')
+    tmp = path.with_name(f'.{path.name}.part') # one name, for one process writes it: a killed one leaves no more than this
     try: torch.save(content, tmp); os.replace(tmp, path)
     except BaseException: tmp.unlink(missing_ok=True); raise
 
@@ -210,7 +211,7 @@ def _tokens(model, batch): # that the text loss is a mean over: of the rationale
 # %% ../nbs/10_train.ipynb #21593b82
 def _epoch(model, wrapped, loader, optimizer, accelerator, config, epoch, mean_map, progress):
     "One epoch; returns the mean of each term."
-    wrapped.train(); sums, n, steps = {}, 0, math.ceil(len(loader)/config.accumulate)
+    wrapped.train(); sums, counts, steps = {}, {}, math.ceil(len(loader)/config.accumulate)
     wording = np.random.default_rng([config.seed, epoch, 1]).random(len(loader.dataset)) # which of its rationales a sample gets
     batches = iter(tqdm(zip(loader.batch_sampler, loader), total=len(loader), desc=f'epoch {epoch+1}', leave=False, disable=not progress))
     for step in range(epoch*steps, (epoch+1)*steps):
@@ -231,14 +232,15 @@ def _epoch(model, wrapped, loader, optimizer, accelerator, config, epoch, mean_m
                     total = total*share['pred']
                 if not total.isfinite(): check_finite(parts, step)
                 accelerator.backward(total/len(group))
-            parts = {k: v*share[k] for k, v in parts.items()} | dict(loss=total.detach())
+            n = len(labels)/share['pred']; own = dict(visual=float(annotated.sum()), dc=float((~annotated).sum())) # samples that have the term; of the others, the step's over its parts
+            parts = {k: v if k in own else v*share[k] for k, v in parts.items()} | dict(loss=total.detach())
             if out.alive is not None: parts['dead'] = (~out.alive).float().mean()*share['pred']
-            for k, v in parts.items(): sums[k] = sums.get(k, 0.) + v.float()*len(labels)/share['pred'] # this and the others' mean is the whole step's
-            n += len(labels)/share['pred']
+            for k, v in parts.items(): sums[k], counts[k] = sums.get(k, 0.) + v.float()*own.get(k, n), counts.get(k, 0.) + own.get(k, n)
         accelerator.unscale_gradients()
         for part in model.children(): torch.nn.utils.clip_grad_norm_(part.parameters(), config.grad_clip)
         optimizer.step(); optimizer.zero_grad()
-    return {k: float(accelerator.reduce(v/n, 'mean')) for k, v in sums.items()}
+    summed = lambda x: float(accelerator.reduce(torch.as_tensor(x, dtype=torch.float32, device=accelerator.device), 'sum'))
+    return {k: summed(v)/max(summed(counts[k]), 1e-9) for k, v in sums.items()} # 0 where no sample of the epoch has the term
 
 def _variant(config): return 'kl' if config.dc_variant == 'per class' else config.dc_variant
 
@@ -256,13 +258,16 @@ def _identity(model, train, val, config, world): # what a checkpoint belongs to
     return {'config': asdict(replace(config, workers=0)), 'training data': data(train), 'validation data': data(val), 'class names': stable_hash(train.classes),
             'trained parameters': trained, 'number of processes': world}
 
+def _differences(recorded, own): # of two identities, each in words; the config's fields one by one
+    recorded, own = ({**{k: v for k, v in i.items() if k != 'config'}, **i.get('config', {})} for i in (recorded, own))
+    before = {k: recorded.get(k, 'not recorded') for k in own}
+    return [f'{k} {before[k]} (here {own[k]})' for k in own if before[k] != own[k]]
+
 def _resume(path, own, model, optimizer, accelerator): # the state of a run of this identity, or a fresh one
     fresh = dict(epoch=0, best=None, history=[])
     found = _from_first(accelerator, path is not None and accelerator.is_main_process and path.exists() and load_checkpoint(path))
     if not found: return fresh
-    flat = lambda of: {k: v for name, x in of.items() for k, v in (x.items() if isinstance(x, dict) else [(name, x)])}
-    of = flat(found.get('of', {})); differs = [f"{k} {of.get(k, 'not recorded')} (here {v})" for k, v in flat(own).items() if of.get(k, 'not recorded') != v]
-    if differs: raise ValueError(f"{path}: belongs to another run, {', '.join(differs)}: go on with what it belongs to, delete it, or use another folder")
+    if differs := _differences(found.get('of', {}), own): raise ValueError(f"{path}: belongs to another run, {', '.join(differs)}: go on with what it belongs to, delete it, or use another folder")
     model.load_state_dict(found['model'], strict=False); optimizer.load_state_dict(found['optimizer'])
     if accelerator.scaler and found.get('scaler'): accelerator.scaler.load_state_dict(found['scaler']) # fp16's
     return {k: found[k] for k in fresh}
@@ -315,7 +320,7 @@ def fit(
             row = dict(epoch=epoch+1, **_epoch(model, wrapped, loader, optimizer, accelerator, config, epoch, mean_map, progress))
             state['epoch'] = epoch+1
             together = shard and not hasattr(model, 'classifier') # sharded layers answer only where all processes ask
-            if main or together: p = predict_dataset(model, val, config.eval_batch)
+            if main or together: p = predict_dataset(model, val, config.eval_batch, workers=config.workers)
             if main:
                 seen = maps_of(p)
                 row['val_accuracy'] = float((p.label == p.predicted).mean())
