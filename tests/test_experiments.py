@@ -135,3 +135,26 @@ def test_the_paper_preset_on_a_reduced_checkpoint(tmp_path, backbone):
     assert {q.dtype for q in again.generator.parameters() if not q.requires_grad} == {torch.bfloat16} and {q.dtype for q in again.classifier.parameters()} == {torch.float32}
     images = torch.stack([x.image for x in load_dataset(tmp_path/'world', 'test', eval_transform(again.image_size))])
     assert again.predict(images).argmax(1).tolist() == p.predicted.tolist() and not list(tmp_path.glob('runs/base-*')) # nothing small was pre-trained in its place
+
+def test_the_photos_preset_on_reduced_parts(tmp_path):
+    "A CLIP and a causal language model by their folders, of little width; all else as the preset says."
+    import torch
+    from megl.classifiers import create_classifier
+    from megl.data import load_dataset
+    from megl.rationale import small_llava_config, train_tokenizer
+    from megl.run import METHODS, execute, load_predictions, make_run, run_folder
+    from megl.model import MEGL
+    from megl.toy import ToyConfig, build
+    from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessor
+    build('toy-object', tmp_path/'world', ToyConfig(train=8, val=8, test=8, pretrain=1, annotated=.5))
+    tokenizer = train_tokenizer([t for r in load_dataset(tmp_path/'world', 'train').records for t in r['rationales']]); config = small_llava_config(tokenizer)
+    AutoModel.from_config(config.vision_config).save_pretrained(tmp_path/'clip'); AutoModelForCausalLM.from_config(config.text_config).save_pretrained(tmp_path/'lm')
+    CLIPImageProcessor(size=dict(shortest_edge=48), crop_size=dict(height=48, width=48)).save_pretrained(tmp_path/'clip'); tokenizer.save_pretrained(tmp_path/'lm')
+    torch.save(create_classifier('resnet18', 1000).state_dict(), tmp_path/'classifier.pt')
+    for method in ('plain', 'megl'):
+        run = make_run(tmp_path/'world', 'resnet18', method, 0, 'photos', 1, 'cpu', base=f"{tmp_path/'clip'},{tmp_path/'lm'}", weights=str(tmp_path/'classifier.pt'))
+        assert run.train.batch_size == 4 and run.weights and bool(run.base) == bool(METHODS[method].text) and 'trained' in execute(run, tmp_path, 'cpu')
+        p = load_predictions(run, tmp_path); assert len(p) == 8 and p.rationale.notna().all() == bool(METHODS[method].text)
+    again = MEGL.from_pretrained(run_folder(run, tmp_path)/'model')
+    assert again.image_size == 224 and again.generator.image_size == 48 and dict(run.lora)['r'] == again.generator.llava.peft_config['default'].r == 16
+    assert not list(tmp_path.glob('runs/base-*'))
