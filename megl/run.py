@@ -491,6 +491,10 @@ def execute(
 # %% ../nbs/13_run.ipynb #84a2d3d5
 _KEEP_MEMORY = dict(MALLOC_MMAP_THRESHOLD_=str(2**25), MALLOC_TRIM_THRESHOLD_=str(2**32)) # glibc's, of processes that are started from here
 
+def _one_for_each(key, runs): # shared part: one of the runs that need it
+    alike = {(r.dataset, r.backbone, stable_hash([r.pretrain, r.llava, r.limit])): r for r in runs} # have one key, which takes reading all texts
+    return list({key(r): r for r in alike.values()}.values())
+
 def _prepare(base, run, out, device): # a shared part of runs, so that no process waits for another's pre-training
     if get_device(device).type == 'cpu': torch.set_num_threads(1)
     base(run, out, device)
@@ -518,12 +522,12 @@ def execute_all(
     os.environ.update({k: os.environ.get(k, v) for k, v in _KEEP_MEMORY.items()})
     parallel = Parallel(n_jobs=jobs, return_as='generator_unordered' if now else 'list')
     task = lambda do, r, *args: delayed(_knowing)(_own_parts(r.backbone, r.base), do, *args)
-    llavas = {(r.dataset, stable_hash([r.pretrain, r.llava, r.limit])): r for r in todo if r.train.lambda_t and not r.base}
-    starts = {(r.dataset, r.backbone, stable_hash([r.pretrain, r.limit])): r for r in todo if r.weights == 'captions'}
-    llavas, starts = ({key(r): r for r in some.values()} for key, some in ((_llava_key, llavas), (_classifier_key, starts))) # datasets may share them
+    llavas = _one_for_each(_llava_key, [r for r in todo if r.train.lambda_t and not r.base])
+    starts = _one_for_each(_classifier_key, [r for r in todo if r.weights == 'captions'])
     if llavas or starts:
         print(f'pre-training (or finding) {len(llavas)} small LLaVA and {len(starts)} small classifiers …', flush=True)
-        list(parallel(task(_prepare, r, make, r, out, device) for make, some in ((base_llava, llavas), (base_classifier, starts)) for r in some.values())) # the long ones first
+        parts = [(base_llava, r) for r in llavas] + [(base_classifier, r) for r in starts] # the long ones first
+        list(parallel(task(_prepare, r, make, r, out, device) for make, r in parts))
     order = sorted(todo, key=lambda r: -bool(r.train.lambda_t)) # the long ones first
     for i, line in enumerate(parallel(task(execute, r, r, out, device, force) for r in order), 1):
         print(f'[{i}/{len(todo)}] {line} · {time.time()-began:.0f} s so far', flush=True)
@@ -791,7 +795,8 @@ def parser() -> argparse.ArgumentParser:
 def main(args=None):
     "The `megl` command. An error in what was asked for is one line and exit status 2; a failed cell, or a loss that is not finite, is one line and 1; a bug keeps its traceback."
     a = parser().parse_args(args)
+    def stop(message, status): print(message, file=sys.stderr); sys.exit(status)
     try: sys.exit(a.do(a)) # None is 0
-    except (ValueError, OSError) as e: sys.exit(print(f'megl: {e}', file=sys.stderr) or 2)
-    except (NotebookError, FloatingPointError) as e: sys.exit(print(f'megl: {e}', file=sys.stderr) or 1)
-    except KeyboardInterrupt: sys.exit(print('\nmegl: interrupted; run the same command again, without --force, to continue', file=sys.stderr) or 130)
+    except (ValueError, OSError) as e: stop(f'megl: {e}', 2)
+    except (NotebookError, FloatingPointError) as e: stop(f'megl: {e}', 1)
+    except KeyboardInterrupt: stop('\nmegl: interrupted; run the same command again, without --force, to continue', 130)
