@@ -259,7 +259,7 @@ ME = dict(visual=(None, 'folder of the maps (default: visual/ in FOLDER)'),
 OWN = dict(template=('', "rationale of samples without one, such as 'this is a {label}'"),
            licence=('not stated', 'of pictures and texts'))
 EXTRA = { # command → option: default (the first of several choices), help
-    'coco': dict(label=(('supercategory', 'category', 'action'), 'where the class comes from')), 'object-me': ME,
+    'coco': dict(label=(('supercategory', 'category', 'action'), 'where the class comes from'), rationales=ME['rationales']), 'object-me': ME,
     'action-me': ME, 'export': {},
     'folder': dict(table=(None, 'CSV or JSON Lines file (default: one in FOLDER)')) | OWN,
     'hub': dict(image=('image', 'column of the pictures'), label=('label', 'column of the classes'),

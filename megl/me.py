@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['VQA_FORMS', 'ACT_FORMS', 'NUMBERS', 'AUXILIARY', 'COLOURS', 'KINDS', 'PLAY', 'FILLER', 'WHAT', 'OBJECT_CLASSES',
-           'RATIONALES', 'GAMES', 'Item', 'read_vqa_x', 'normalise_answer', 'object_class', 'Selection',
-           'select_objects', 'paper_template', 'build_object_me', 'read_act_x', 'select_actions', 'build_action_me',
-           'build_export']
+           'Item', 'read_vqa_x', 'normalise_answer', 'object_class', 'Selection', 'select_objects', 'build_object_me',
+           'read_act_x', 'select_actions', 'build_action_me', 'build_export']
 
 # %% ../nbs/16_me.ipynb #720f691e
 import os, re
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from .core import choose
 from .data import DataError
-from .sources import BuildReport, _located, build_rows, read_json
+from .sources import RATIONALES, BuildReport, _located, _rationales, build_rows, read_json
 
 # %% ../nbs/16_me.ipynb #701250e2
 @dataclass
@@ -213,24 +212,6 @@ def select_objects(
     return _keep_frequent(pictures, {k: v for k, v in excluded.items() if v}, classes, top, min_count)
 
 # %% ../nbs/16_me.ipynb #c523d522
-RATIONALES = ('human', 'template', 'both')
-GAMES = frozenset('tennis baseball frisbee soccer football basketball volleyball golf hockey rugby cricket wii cards '
-                  'broccoli bread furniture transportation food'.split()) # without an article; words in -ing too
-
-def paper_template(
-    label: str, # the class
-    explanation: str, # a human explanation
-) -> str: # a rationale in the paper's pattern
-    "'This is an image of a cow, judged mainly by features of it has horns': the pattern, the words as they are."
-    bare = label in GAMES or label.endswith('ing'); article = 'an ' if label[:1] in 'aeiou' else 'a '
-    evidence = re.sub(r'^\s*because\b(\s+of\b)?', '', explanation, flags=re.I).strip().rstrip('.')
-    return f"This is an image of {'' if bare else article}{label}, judged mainly by features of {evidence}"
-
-def _rationales(kind, label, explanations): # unique, in order
-    texts = [' '.join(t.split()) for t in explanations if t.strip()]
-    made = [] if kind == 'human' else [paper_template(label, t) for t in texts]
-    return list(dict.fromkeys((texts if kind != 'template' else []) + made))
-
 def _picture(images, name, folders): # where a picture is, or should be
     if Path(name).name != name or name in ('', '.', '..'): raise DataError(f'{name!r:.80} is no file name: correct it')
     places = [images/d/name for d in ('', *folders)]
