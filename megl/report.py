@@ -210,7 +210,9 @@ class PairedTest(NamedTuple):
     images: int
 
 def _seeds_t(d, n): # p of Student's t over the seeds' differences d, means over n images; 1 for one seed
-    return float(2*stats.t.sf(abs(d.mean())/np.sqrt(_seeds_variance(d, n)/len(d)), len(d) - 1)) if len(d) > 1 else 1.
+    if len(d) < 2: return 1.
+    if (v := _seeds_variance(d, n)) == np.var(d, ddof=1): return float(stats.ttest_1samp(d, 0).pvalue)
+    return float(2*stats.t.sf(abs(d.mean())/np.sqrt(v/len(d)), len(d) - 1))
 
 def paired_test(
     a, # (S, N) scores of one method, seeds × images; (N,) for one seed

@@ -101,7 +101,7 @@ PRESETS = {p.name: p for p in (
     Preset('smoke', TrainConfig(epochs=1, batch_size=16, lr=1e-3, lr_generator=1e-3), PretrainConfig(tower_steps=4, steps=4, classifier_steps=4, batch_size=16), weights='captions',
            limit=(('train', 48), ('val', 16), ('test', 16), ('pretrain', 48))),
     Preset('demo', TrainConfig(epochs=5, lr=2e-3, lr_generator=1e-3), PretrainConfig(), weights='captions', tuned=TUNED),
-    Preset('photos', TrainConfig(epochs=12, batch_size=4, lr=2e-4, lr_generator=1e-3), base=dict(vision='openai/clip-vit-base-patch32', llm='HuggingFaceTB/SmolLM2-135M-Instruct'),
+    Preset('photos', TrainConfig(epochs=12, batch_size=4, lr=2e-4, lr_generator=1e-3, freeze_batchnorm=True), base=dict(vision='openai/clip-vit-base-patch32', llm='HuggingFaceTB/SmolLM2-135M-Instruct'),
            weights='IMAGENET1K_V1', backbones=('resnet18',), lora=(('r', 16), ('lora_alpha', 32), ('lora_dropout', .05))),
     Preset('paper', TrainConfig(epochs=10, batch_size=8, accumulate=4, lr=1e-4, lr_generator=5e-5, precision='bf16', workers=4, eval_batch=8), base='llava-hf/llava-1.5-7b-hf', weights='IMAGENET1K_V1',
            backbones=('resnet18', 'vit_b_16'), image_size=336, lora=(('r', 32), ('lora_alpha', 64), ('lora_dropout', .05)), generator=(('dtype', 'bfloat16'), ('checkpointing', True))),
@@ -193,7 +193,8 @@ class Run:
         base = {k: _content(v) for k, v in self.base.items()} if isinstance(self.base, dict) else _content(self.base)
         usual = ('processes', 1), ('image_size', 0), ('parts', ())
         asked = {k: v for k, v in asdict(self).items() if k not in ('dataset', *but) and (k, v) not in usual}
-        return stable_hash(asked | dict(base=base, weights=_content(self.weights), train=asdict(replace(self.train, workers=0)))) # no number depends on workers
+        train = {k: v for k, v in asdict(replace(self.train, workers=0)).items() if (k, v) != ('freeze_batchnorm', False)} # no number depends on workers
+        return stable_hash(asked | dict(base=base, weights=_content(self.weights), train=train))
     @property
     def name(self): return f'{Path(self.dataset).name}_{self.backbone}_{self.method}_{self.seed}_{self.key}'
     def __str__(self): return f'{Path(self.dataset).name} {self.backbone} {self.method} seed {self.seed}'

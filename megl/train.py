@@ -42,6 +42,7 @@ class TrainConfig:
     lr_generator: float = 5e-5 # LoRA and projectors
     weight_decay: float = .01
     warmup: float = .1         # share of the steps; then cosine to zero
+    freeze_batchnorm: bool = False # BatchNorm keeps the statistics it starts with: those of few pictures are noise
     grad_clip: float = 1.      # largest gradient norm, of the classifier and of the generator
     lambda_t: float = 0.       # weight of the rationale's loss
     lambda_v: float = 0.       # weight of the annotated maps' loss
@@ -211,7 +212,9 @@ def _tokens(model, batch): # that the text loss is a mean over: of the rationale
 # %% ../nbs/10_train.ipynb #21593b82
 def _epoch(model, wrapped, loader, optimizer, accelerator, config, epoch, mean_map, progress):
     "One epoch; returns the mean of each term."
-    wrapped.train(); sums, counts, steps = {}, {}, math.ceil(len(loader)/config.accumulate)
+    wrapped.train(); still = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)] if config.freeze_batchnorm else ()
+    for m in still: m.eval()
+    sums, counts, steps = {}, {}, math.ceil(len(loader)/config.accumulate)
     wording = np.random.default_rng([config.seed, epoch, 1]).random(len(loader.dataset)) # which of its rationales a sample gets
     batches = iter(tqdm(zip(loader.batch_sampler, loader), total=len(loader), desc=f'epoch {epoch+1}', leave=False, disable=not progress))
     for step in range(epoch*steps, (epoch+1)*steps):
