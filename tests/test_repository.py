@@ -194,7 +194,7 @@ def spelled(preset, name): # the same of the preset itself
     if name == 'backbones': return ', '.join(preset.backbones)
     if name.startswith('generator.'): return str(dict(dict(dtype='float32', checkpointing=False), **dict(preset.generator))[name[10:]]).lower()
     value = getattr(preset.train, name[6:]) if name.startswith('train.') else getattr(preset, name)
-    return value
+    return str(value).lower() if isinstance(value, bool) else value
 
 @pytest.mark.parametrize('name', ['photos', 'paper'])
 def test_reasons_are_given_for_the_values_that_a_preset_has(name):
