@@ -242,7 +242,7 @@ def randomization_cascade(
     trained = cam_forward(model, x)
     target, size = trained.logits.argmax(1), lambda m: sum(p.numel() for p in m.parameters(recurse=False))
     yield '', 0., trained
-    layers = sorted([(n, m) for n, m in model.named_modules() if size(m)][::-1], key=lambda l: l[0] != 'head') # the head, then back from the layer registered last
+    layers = sorted([(n, m) for n, m in model.named_modules() if size(m)][::-1], key=lambda l: l[1] is not model.head) # the head, then back from the layer that was registered last
     stops = set(np.linspace(len(layers), 1, min(points, len(layers))).round().astype(int))
     done, total = 0, sum(size(m) for _, m in layers)
     for k, (name, m) in enumerate(layers, 1):
