@@ -259,7 +259,7 @@ def create_classifier(
     kw = {k: v for k, v in dict(weights=weights, image_size=image_size).items() if v is not None}
     takes = signature(factory).parameters
     if 'image_size' not in takes: kw.pop('image_size', None)
-    if weights is not None and 'weights' not in takes: raise ValueError(f"{name} takes no weights (its factory has no argument of that name): give weights 'none', not {str(weights)!r}")
+    if weights is not None and 'weights' not in takes: raise ValueError(f"{name} takes no weights (its factory has no argument of that name), not {str(weights)!r} either: leave weights out, or on the command line give 'none'")
     model = factory(num_classes, **kw)
     model.registered_name = name # by which a saved model is made again
     if name not in _BUILTIN: check_classifier(model)

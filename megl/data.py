@@ -306,6 +306,10 @@ class Dataset(torch_data.Dataset):
         if self.transform is not None: image, amap = self._transformed(i, image, amap)
         return Sample(r['id'], image, int(self.labels[i]), r['rationales'], amap, r['group'])
 
+    def annotations(self) -> list: # of (H, W) float32 arrays in [0, 1]; None where a sample has no map
+        "The maps as they were annotated, in order; each file is read once, as far as there is room to keep it."
+        return [None if r['map_file'] is None else self._cache(read_map, self.root/r['map_file']).numpy() for r in self.records]
+
 # %% ../nbs/02_data.ipynb #2f4efd64
 def _toy_root(name): # the folder of a toy world, drawn if it is not there
     from megl import toy

@@ -154,7 +154,7 @@ def object_class(
     answer, n = min(counts.items(), key=lambda t: (-t[1], t[0]), default=('', 0))
     if words[:1] and words[0] in AUXILIARY or answer in ('yes', 'no'): return None, 'yes or no', n
     if words[:2] == ['how', 'many'] or re.fullmatch(r'[\d.]+', answer): return None, 'counting', n
-    if {'color', 'colour', 'colors'} & set(words) or answer in COLOURS - {'orange'}: return None, 'colour', n
+    if {'color', 'colour', 'colors', 'colours'} & set(words) or answer in COLOURS - {'orange'}: return None, 'colour', n
     if not _asks_for_class(words): return None, 'not for the class', n
     if not answer or 2*n <= len(answers): return None, 'no majority', n
     return answer, None, n

@@ -24,9 +24,8 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor import meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
-from scipy.stats import rankdata
 
-from .core import choose
+from .core import choose, get_device
 
 # %% ../nbs/11_metrics.ipynb #8d8b567b
 def _labelled(labels, predictions, num_classes): # both as integer arrays
@@ -204,6 +203,7 @@ def rank_correlation(
     b, # (N,h,w) maps
 ) -> np.ndarray: # (N,) in [-1,1]; NaN where one of the two is constant
     "Spearman's correlation of each pair of maps."
+    from scipy.stats import rankdata # a second to import
     a, b = (rankdata(np.asarray(m).reshape(len(m), -1), axis=1) for m in (a, b))
     a, b = (m - m.mean(1, keepdims=True) for m in (a, b))
     scale = np.sqrt((a*a).sum(1)*(b*b).sum(1))
@@ -395,13 +395,13 @@ def clip_score(
     clip: Path|str|None = None, # a CLIP checkpoint: folder or hub id; None: MEGL_CLIP
     prefix: str = 'A photo depicts ', # before each text
     batch_size: int = 64, # pairs at a time
-    device: str = 'cpu', # where CLIP runs
+    device: str = 'auto', # where CLIP runs
 ) -> np.ndarray: # (N,) in [0, 2.5]
     "CLIPScore (Hessel et al., 2021) of each text with its image."
     if len(images) != len(texts): raise ValueError(f'{len(images)} images and {len(texts)} texts')
     clip = clip or os.environ.get('MEGL_CLIP')
     if not clip: raise ValueError(missing_scores()['clipscore'])
-    model, processor = _load_clip(str(clip), device); scores = []
+    device = get_device(device); model, processor = _load_clip(str(clip), device); scores = []
     pixels = lambda x: torch.as_tensor(x) if torch.as_tensor(x).dtype == torch.uint8 else (torch.as_tensor(x)*255).round().byte()
     for k in range(0, len(texts), batch_size):
         part = slice(k, k + batch_size)
@@ -459,6 +459,7 @@ def text_metrics(
     images=None, # N images (3,H,W), for CLIPScore
     spice: Path|str|None = None, # the folder of SPICE's jars; None: MEGL_SPICE
     clip: Path|str|None = None, # a CLIP checkpoint; None: MEGL_CLIP
+    device: str = 'auto', # where CLIP runs
 ) -> dict: # n, TEXT_SCORES, OPTIONAL_SCORES; with `correct` filtered_n, filtered_*, filtered_x_accuracy_*; `per_sample`
     "Scores of generated texts by the COCO protocol (Table 3); SPICE and CLIPScore NaN where `missing_scores` says so."
     n = len(hypotheses)
@@ -471,7 +472,7 @@ def text_metrics(
     stats = [process.statistics(h, r) for h, r in zip(hyps, refs)]
     missing, more = missing_scores(spice, clip), {}
     if 'spice' not in missing: more['spice'] = spice_scores(hyps, refs, spice)
-    if 'clipscore' not in missing and images is not None: more['clipscore'] = clip_score(images, hypotheses, clip)
+    if 'clipscore' not in missing and images is not None: more['clipscore'] = clip_score(images, hypotheses, clip, device=device)
     scores, samples = _corpus(hyps, refs, stats, more)
     result = dict(n=n, **scores)
     if correct is not None:

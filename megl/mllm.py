@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from .core import choose, evaluating, write_atomic
-from .model import Inference, MeglOutput, unit_images
+from .model import Inference, MeglOutput, local_folder, model_card, unit_images
 from .rationale import IMAGE, RationaleGenerator, prompt
 from transformers import DynamicCache
 
@@ -231,19 +231,26 @@ def _infer(self: MLLM, images, rationales, max_new_tokens):
 @patch
 def save_pretrained(self: MLLM,
     folder: Path|str, # made if absent
+    card: dict|None = None, # measured numbers for the model card, by name
+    manifest: dict|None = None, # the run that made it: config, data, versions
+    note: str = '', # a sentence for the card: what the numbers were measured on
 ):
-    "Write config and the generator's trained part."
+    "Write config, the generator's trained part, and a model card."
     folder, g = Path(folder), self.generator; g.save_pretrained(folder/'generator')
     config = dict(mllm=dict(mode=self.mode, order=self.order), classes=self.classes, names=self.names, generator=g.config())
     write_atomic(folder/'config.json', json.dumps(config, indent=1))
+    if manifest is not None: write_atomic(folder/'run.json', json.dumps(manifest, indent=1))
+    about = f'Classes: {", ".join(self.classes)}.\nImages of {self.image_size} pixels; it names the class itself and gives a rationale ({self.mode}), without a map.'
+    usage = "from megl.mllm import MLLM\nmodel = MLLM.from_pretrained('this folder')\nmodel.infer(images, rationales=True) # (B, 3, H, W), pixels in [0, 1]"
+    write_atomic(folder/'README.md', model_card('LLaVA-style language model, trained to classify and explain', about, usage, card, note, g.base))
 
 @patch(cls_method=True)
 def from_pretrained(cls: MLLM,
-    folder: Path|str, # written by `save_pretrained`
+    folder: Path|str, # written by `save_pretrained`; or a hub id
     base: str|dict|None = None, # where the base model is now, if it has moved; of one made of parts, its `vision` and `llm`
 ): # MLLM, in evaluation mode
     "Read a model back: the same probabilities and texts."
-    folder = Path(folder); path = folder/'config.json'
+    folder = local_folder(folder); path = folder/'config.json'
     config = json.loads(path.read_text()) if path.exists() else {}
     if 'mllm' not in config: raise FileNotFoundError(f'{folder}: no config.json of an MLLM: give a folder written by MLLM.save_pretrained')
     generator = RationaleGenerator.from_saved(folder/'generator', config['generator'], base)

@@ -188,11 +188,11 @@ def crossed_bootstrap(
 def _seeds_variance(seeds, n): # of the seeds' differences; at least the rounding of two means over n images, so that seeds which happen to agree prove nothing
     return max(np.var(seeds, ddof=1), 1/(6*n**2))
 
-def _student(seeds, draws, confidence, n): # low and high of the mean of the seeds' differences, from bootstrap draws of it; n images
+def _student(seeds, draws, confidence, n): # low and high of the mean of the seeds' differences, from bootstrap draws of it, and p of 0; n images
     S, v = len(seeds), draws.var()
     share = min(v, _seeds_variance(seeds, n)/S) if S > 1 else 0. # the seeds' part of the variance
-    half = v**.5*(stats.t.ppf((1 + confidence)/2, (S - 1)*(v/share)**2) if share > 0 else stats.norm.ppf((1 + confidence)/2))
-    return float(seeds.mean() - half), float(seeds.mean() + half)
+    chance = stats.t((S - 1)*(v/share)**2) if share > 0 else stats.norm; mean = float(seeds.mean()); half = float(v**.5*chance.ppf((1 + confidence)/2))
+    return mean - half, mean + half, float(2*chance.sf(abs(mean)/v**.5)) if v > 0 else float(mean == 0)
 
 # %% ../nbs/12_report.ipynb #deb27fea
 class PairedTest(NamedTuple):
@@ -203,6 +203,7 @@ class PairedTest(NamedTuple):
     p_images: float # sign flips of the images' differences
     p_t: float # Student's paired t over the seeds' differences; 1 for one seed
     p: float # the larger of the two
+    p_interval: float # of the interval's own distribution, over seeds and images at once
     p_seeds: float # sign flips of the seeds' differences
     p_min: float # the smallest `p_seeds` that this many seeds can reach
     effect: float # Cohen's d_z over images, NaN where all images differ equally
@@ -227,12 +228,12 @@ def paired_test(
         raise ValueError(f'scores must pair as (seeds, images), got {a.shape} and {b.shape}')
     if not np.isfinite(d := a - b).all(): raise ValueError('scores must be finite: leave out images without a score')
     images, seeds = d.mean(0), d.mean(1)
-    low, high = _student(seeds, crossed_bootstrap(d, resamples, seed), confidence, len(images))
+    low, high, p_interval = _student(seeds, crossed_bootstrap(d, resamples, seed), confidence, len(images))
     p_images, p_seeds = (sign_flip_test(x, resamples, seed) for x in (images, seeds))
     p_t = _seeds_t(seeds, len(images))
     spread = images.std(ddof=1) if len(images) > 1 else 0.
     effect = float(images.mean()/spread) if spread > 1e-12 else np.nan
-    return PairedTest(float(d.mean()), low, high, p_images, p_t, max(p_images, p_t), p_seeds,
+    return PairedTest(float(d.mean()), low, high, p_images, p_t, max(p_images, p_t), p_interval, p_seeds,
                       2.**(1 - len(seeds)), effect, len(seeds), len(images))
 
 # %% ../nbs/12_report.ipynb #b0075a02
@@ -260,10 +261,10 @@ def bootstrap_test(
     if a.shape != b.shape or a.ndim != 3 or not a.size: raise ValueError(f'sums must pair as (seeds, images, K), got {a.shape} and {b.shape}')
     (S, N, _), rng = a.shape, np.random.default_rng(seed)
     seeds, drawn = score(a.sum(1)) - score(b.sum(1)), []
-    for size in [min(1000, resamples - k) for k in range(0, resamples, 1000)]:
+    for size in _chunks(resamples):
         images, runs = rng.multinomial(N, np.full(N, 1/N), size=size), rng.multinomial(max(1, S-1), np.full(S, 1/S), size=size)/max(1, S-1)
         drawn.append(((score(images @ a) - score(images @ b)).T*runs).sum(1)) # images @ a: (S, size, K)
-    drawn = np.concatenate(drawn); low, high = _student(seeds, drawn, confidence, N)
+    drawn = np.concatenate(drawn); low, high, _ = _student(seeds, drawn, confidence, N)
     p = min(1., 2*(1 + min((drawn <= 0).sum(), (drawn >= 0).sum()))/(resamples + 1)); p_t = _seeds_t(seeds, N)
     return BootstrapTest(float(seeds.mean()), low, high, p, p_t, max(p, p_t), S, N)
 

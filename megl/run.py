@@ -10,7 +10,7 @@ __all__ = ['METHODS', 'TUNED', 'PRESETS', 'CODE', 'SAMPLE_SCORES', 'REPRODUCE', 
            'check_injected', 'Experiment', 'experiments', 'NotebookError', 'run_notebook', 'parser', 'main']
 
 # %% ../nbs/13_run.ipynb #21b82eae
-import argparse, ast, dis, functools, hashlib, inspect, json, linecache, os, shutil, sys, time
+import argparse, ast, dis, functools, hashlib, inspect, io, json, linecache, os, re, shutil, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -23,32 +23,29 @@ import pyarrow.parquet as pq
 import torch
 from filelock import FileLock, Timeout
 
-from .core import choose, code_hash, get_device, project_root, provenance, set_seed, sha256, stable_hash, write_atomic
+from .core import choose, code_hash, get_device, one_thread, project_root, provenance, set_seed, sha256, stable_hash, write_atomic
 from .classifiers import _BUILTIN, CLASSIFIERS, WEIGHT_FILES, create_classifier, register_classifier
 from .data import load_dataset
 from .get import add_data_commands
 from .metrics import VISUAL_SCORES, classification_metrics, iou_scores, missing_scores, text_metrics, visual_metrics
-from .report import tidy
-from .train import PretrainConfig, TrainConfig, annotations_of, bags_of_words, decoder_layers, fit, maps_of, predict_dataset, pretrain_classifier, pretrain_llava, sharding
+from .train import PretrainConfig, TrainConfig, bags_of_words, decoder_layers, fit, maps_of, predict_dataset, pretrain_classifier, pretrain_llava, sharding
 
 # %% ../nbs/13_run.ipynb #98bf376d
 class Method(NamedTuple):
     "Which terms of the objective are on."
-    text: int = 0
-    visual: int = 0
-    consistency: int = 0
-    form: str = 'l1' # of the visual term, see `megl.losses.VISUAL`
+    text: bool = False
+    visual: str = '' # its form, see `megl.losses.VISUAL`; '' is none
+    consistency: bool = False
     mllm: str = '' # an MLLM's mode; '' is a classifier
     order: str = 'rationale first' # of an MLLM's answer that holds both
 
 METHODS = {
     'plain': Method(),
-    'cdep': Method(visual=1, form='cdep'), 'haics': Method(visual=1, form='haics'),
-    'res-g': Method(visual=1, form='res-g'), 'res-l': Method(visual=1, form='res-l'),
-    'visual': Method(visual=1), 'text': Method(text=1), 'visual+text': Method(text=1, visual=1), # Table 4
-    'megl': Method(text=1, visual=1, consistency=1),
-    'llava': Method(text=1, mllm='answer'), 'finetune-cot': Method(text=1, mllm='cot'),
-    'finetune-cot-class-first': Method(text=1, mllm='cot', order='class first'),
+    'cdep': Method(visual='cdep'), 'haics': Method(visual='haics'), 'res-g': Method(visual='res-g'), 'res-l': Method(visual='res-l'),
+    'visual': Method(visual='l1'), 'text': Method(text=True), 'visual+text': Method(text=True, visual='l1'), # Table 4
+    'megl': Method(text=True, visual='l1', consistency=True),
+    'llava': Method(text=True, mllm='answer'), 'finetune-cot': Method(text=True, mllm='cot'),
+    'finetune-cot-class-first': Method(text=True, mllm='cot', order='class first'),
 }
 
 def backbones_of(
@@ -69,7 +66,6 @@ class Preset:
     generator: tuple = () # further arguments of `RationaleGenerator.from_pretrained`, as pairs
     weights: str = '' # of the classifiers: torchvision's by name; 'captions': pre-trained here (see `pretrain_classifier`); '' trains from scratch
     backbones: tuple = ('resnet_tiny', 'vit_tiny')
-    llava: tuple = () # overrides of `small_llava_config`, as pairs
     lora: tuple = (('r', 8), ('lora_alpha', 16), ('lora_dropout', 0.)) # of `lora_config`, as pairs
     limit: tuple = () # samples per split at most, as pairs; () is all
     image_size: int = 0 # side of the images that every method loads, pixels; 0: what its model needs
@@ -150,17 +146,22 @@ def _unwrapped(factory): # the function or class that is called, and what a part
     if hasattr(factory, '__qualname__'): return factory, brought
     return type(factory), brought + sorted(getattr(factory, '__dict__', {}).items())
 
-def _own_code(factory): # hash of the text of what a factory leads to in its module, and of the values that it is called with
+def _plain(v): return isinstance(v, (str, int, float)) or isinstance(v, (tuple, list)) and all(map(_plain, v)) # a value that is its text
+
+def _own_code(factory): # hash of the text of what a factory leads to in its module, and of the plain values that this names or that it is called with
     factory, brought = _unwrapped(factory); values = [v for b in brought for v in (b if isinstance(b, tuple) else (b,))]
     code = lambda v: (inspect.isfunction(v) or inspect.isclass(v)) and v.__module__ == factory.__module__
     found, todo = {}, [factory, *filter(code, values)]
     while todo:
         f = todo.pop(); found[f] = _text(f); named = list(getattr(f, '__bases__', ()))
         for m in _functions(f):
-            named += [m.__globals__.get(n) for n in sorted(_inside(m.__code__))] + [c.cell_contents for c in m.__closure__ or ()]
+            reached = [m.__globals__.get(n) for n in sorted(_inside(m.__code__))] + [c.cell_contents for c in m.__closure__ or ()]
+            named += reached; values += [v for v in reached if _plain(v)]
         todo += [v for v in named if code(v) and v not in found]
-    plain = [v if isinstance(v, (str, int, float, list, dict, type(None))) else type(v).__name__ for v in values]
+    plain = [v if _plain(v) or isinstance(v, (dict, type(None))) else type(v).__name__ for v in values]
     return stable_hash(sorted(found.values()) + ([plain] if plain else []))
+
+_LATER = 'processes', 'image_size', 'parts', 'freeze_batchnorm' # fields that are younger than published runs: at their default they say nothing, so that those runs keep their names
 
 def _processes(): return int(os.environ.get('WORLD_SIZE', 1)) # that train together, as their launcher says
 
@@ -170,7 +171,6 @@ class Run:
     dataset: str # name or folder, as it was given; not part of the identity, the fingerprint is
     backbone: str
     method: str
-    seed: int
     preset: str
     train: TrainConfig
     limit: tuple
@@ -178,7 +178,6 @@ class Run:
     base: str|dict
     generator: tuple
     weights: str
-    llava: tuple
     lora: tuple
     fingerprint: str # of the data: metadata, images, maps, and the order of the classes
     code: str # hash of the code, when the run was made
@@ -190,11 +189,12 @@ class Run:
     def __post_init__(self): # once: a run keeps its folder, whatever becomes of the weights' file; `key` is what was asked for
         vars(self).update(id=self._identity(), key=self._identity('code', 'device', 'parts'))
     def _identity(self, *but): # what determines the numbers; local weights by their content, wherever they lie
+        told = lambda of: {f.name: getattr(of, f.name) for f in fields(of) if f.name not in _LATER or getattr(of, f.name) != f.default}
         base = {k: _content(v) for k, v in self.base.items()} if isinstance(self.base, dict) else _content(self.base)
-        usual = ('processes', 1), ('image_size', 0), ('parts', ())
-        asked = {k: v for k, v in asdict(self).items() if k not in ('dataset', *but) and (k, v) not in usual}
-        train = {k: v for k, v in asdict(replace(self.train, workers=0)).items() if (k, v) != ('freeze_batchnorm', False)} # no number depends on workers
-        return stable_hash(asked | dict(base=base, weights=_content(self.weights), train=train))
+        asked = {k: v for k, v in told(self).items() if k not in ('dataset', *but)}
+        return stable_hash(asked | dict(seed=self.seed, llava=(), base=base, weights=_content(self.weights), train=told(replace(self.train, workers=0)))) # no number depends on workers
+    @property
+    def seed(self): return self.train.seed
     @property
     def name(self): return f'{Path(self.dataset).name}_{self.backbone}_{self.method}_{self.seed}_{self.key}'
     def __str__(self): return f'{Path(self.dataset).name} {self.backbone} {self.method} seed {self.seed}'
@@ -215,15 +215,15 @@ def make_run(
     for k in overrides: choose('setting', k, [f.name for f in fields(TrainConfig) if f.name not in ('seed', 'visual')]) # these two are the run's and the method's
     on = METHODS[choose('method', method, METHODS)]; choose('backbone', backbone, backbones_of(method, CLASSIFIERS))
     p = PRESETS[choose('preset', preset, PRESETS)]; chosen = {**p.tuned.get((backbone, method.removesuffix('-class-first')), {}), **overrides}
-    terms = dict(lambda_t=float(chosen.pop('lambda_t', 1.)*on.text), lambda_v=float(chosen.pop('lambda_v', 1.)*on.visual))
+    terms = dict(lambda_t=float(chosen.pop('lambda_t', 1.)*on.text), lambda_v=float(chosen.pop('lambda_v', 1.)*bool(on.visual)))
     dc = chosen.pop('lambda_dc', None) if on.consistency else chosen.pop('lambda_dc', 0.)*0.
-    train = replace(p.train, seed=seed, visual=on.form, lambda_dc=dc if dc is None else float(dc), **terms, **(dict(epochs=epochs) if epochs else {}) | chosen)
+    train = replace(p.train, seed=seed, visual=on.visual or 'l1', lambda_dc=dc if dc is None else float(dc), **terms, **(dict(epochs=epochs) if epochs else {}) | chosen)
     if not train.lambda_t: train = replace(train, lr_generator=0.) # there is none
     weights, base = '' if on.mllm else _weights(weights, backbone, p.weights), _base(base) if base else p.base
     if weights == 'captions' and not p.pretrain: raise ValueError(f"weights 'captions': preset {preset} has no pre-training: name torchvision's weights, or a file")
-    base, generator, llava, lora = (base, p.generator, p.llava, p.lora) if train.lambda_t else ('', (), (), ())
+    base, generator, lora = (base, p.generator, p.lora) if train.lambda_t else ('', (), ())
     made = p.pretrain if weights == 'captions' or train.lambda_t and not base else None
-    return Run(str(dataset), backbone, method, seed, preset, train, p.limit, made, base, generator, weights, llava, lora,
+    return Run(str(dataset), backbone, method, preset, train, p.limit, made, base, generator, weights, lora,
                _fingerprint(_open(dataset)), _CODE[bool(on.mllm)], get_device(device).type,
                _processes(), p.image_size, tuple((name, _own_code(factory)) for _, name, factory in _own_parts(backbone, base)))
 
@@ -234,7 +234,8 @@ def local_path(
     return next((str(p.resolve()) for p in (Path(name), project_root()/name) if name and p.exists()), name)
 
 def _weights(text, backbone, usual): # of one backbone
-    named = dict(t.strip().split('=', 1) for t in text.split(',')) if '=' in text and not Path(text).exists() else {backbone: text}
+    named = dict(t.strip().partition('=')[::2] for t in text.split(',')) if '=' in text and not Path(text).exists() else {backbone: text}
+    if '=' in text and (bare := [b for b, f in named.items() if not f]): raise ValueError(f'weights {text!r}: {bare[0]!r} names no backbone: give BACKBONE=FILE for each, with commas between')
     for b in named: choose('backbone', b, CLASSIFIERS)
     small, own = backbone in ('resnet_tiny', 'vit_tiny'), backbone not in _BUILTIN # pre-training here is for the small ones; one's own brings its weights itself
     usual = '' if own or usual == 'captions' and not small else usual
@@ -287,7 +288,7 @@ def base_classifier(run: Run, out: Path|str, device='auto') -> Path|str: # a sta
 
 def _classifier_key(run): return stable_hash([run.backbone, run.pretrain, run.device, _scenes(run)[1], code_hash(('core', 'data', 'classifiers', 'train')), *run.parts])
 
-def _llava_key(run): return stable_hash([run.pretrain, run.llava, run.device, _scenes(run)[1], _texts(run), code_hash(('core', 'data', 'rationale', 'train'))])
+def _llava_key(run): return stable_hash([run.pretrain, run.device, _scenes(run)[1], _texts(run), code_hash(('core', 'data', 'rationale', 'train'))])
 
 def base_llava(run: Run, out: Path|str, device='auto') -> Path|str: # the checkpoint's folder, or the id that the preset names
     "The LLaVA that a run adapts. The small one is pre-trained once for all runs that need the same."
@@ -295,7 +296,7 @@ def base_llava(run: Run, out: Path|str, device='auto') -> Path|str: # the checkp
     folder = Path(out).resolve()/'runs'/f'base-{_llava_key(run)}'; folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{folder}.lock'):
         if not (folder/'pretrain.json').exists():
-            last = pretrain_llava(_telling(run), _texts(run), run.pretrain, folder, device, progress=False, **dict(run.llava))
+            last = pretrain_llava(_telling(run), _texts(run), run.pretrain, folder, device, progress=False)
             write_atomic(folder/'pretrain.json', json.dumps(dict(config=asdict(run.pretrain), dataset=run.dataset, loss=last), indent=1))
     return folder
 
@@ -324,15 +325,17 @@ def build_model(run: Run, out: Path, classes: list, device='auto'):
     from megl.model import MEGL
     base = base_llava(run, out, device) if run.train.lambda_t else None # before seeding: they draw numbers themselves
     weights = base_classifier(run, out, device)
-    set_seed(run.seed); mode, generator = METHODS[run.method].mllm, None
+    set_seed(run.seed); mode, where = METHODS[run.method].mllm, get_device(device)
     classifier = None if mode else create_classifier(run.backbone, len(classes), weights or None)
-    if base:
+    def generator(weights=True):
+        if not base: return None
         from megl.rationale import RationaleGenerator, lora_config
         more = dict(run.generator); more |= dict(dtype=getattr(torch, more['dtype'])) if 'dtype' in more else {}
-        generator = RationaleGenerator.from_pretrained(base, 1 if mode else classifier.head.in_features, lora=lora_config(**dict(run.lora)), **more)
-    if (where := get_device(device)).type == 'cuda':
+        return RationaleGenerator.from_pretrained(base, 1 if mode else classifier.head.in_features, weights=weights, lora=lora_config(**dict(run.lora)), **more)
+    if where.type == 'cuda': # before gigabytes are read
         _must_compute(run, torch.cuda.is_bf16_supported(including_emulation=False))
-        _must_fit(run, generator, classifier, torch.cuda.get_device_properties(where).total_memory/1e9)
+        with torch.random.fork_rng(devices=[]): _must_fit(run, generator(weights=False), classifier, torch.cuda.get_device_properties(where).total_memory/1e9)
+    generator = generator()
     if mode:
         from megl.mllm import MLLM
         model = MLLM(generator, classes, mode=mode, order=METHODS[run.method].order)
@@ -406,27 +409,30 @@ def _named(texts, classes, wanted): # share of texts whose first named class is 
     from megl.mllm import parse_class
     return float(np.mean([parse_class(t, classes) == y for t, y in zip(texts, wanted)]))
 
+def _metrics_file(run, out, predictions): # where the metrics of stored predictions are kept; beside it, of texts, those of single samples
+    able = sorted(missing_scores()), *(os.environ.get(k) for k in ('MEGL_CLIP', 'MEGL_SPICE'))
+    known = stable_hash([sha256(predictions), run.fingerprint, run.limit, *able, code_hash(('metrics', 'mllm', 'data', 'train', 'run'))])
+    return Path(out)/'runs'/'metrics'/f'{known}.json'
+
 def metrics_of(
     run: Run,
     out: Path|str, # the results folder
     stored: bool = False, unfinished: bool = False, # see `predictions_file`
 ) -> dict: # name → dict(value, n)
     "Classification, visual and text metrics of a run on the test split."
-    file = predictions_file(run, out, stored, unfinished)
-    able = sorted(missing_scores()), *(os.environ.get(k) for k in ('MEGL_CLIP', 'MEGL_SPICE'))
-    known = stable_hash([sha256(file), run.fingerprint, run.limit, *able, code_hash(('metrics', 'mllm', 'data', 'train', 'run'))])
-    path = Path(out)/'runs'/'metrics'/f'{known}.json'
+    file = predictions_file(run, out, stored, unfinished); path = _metrics_file(run, out, file)
     if path.exists(): return json.loads(path.read_text())
     test, p = _split(run, 'test'), read_predictions(file)
     if list(p.id) != [r['id'] for r in test.records]: raise ValueError(f'{run}: predictions are not of this test split: run again with force')
     found = _sized(classification_metrics(p.label, p.predicted, len(test.classes)), len(p))
-    if maps_of(p) and (seen := visual_metrics(maps_of(p), annotations_of(test)))['n']:
+    if maps_of(p) and (seen := visual_metrics(maps_of(p), test.annotations()))['n']:
         found |= _sized({k: v for k, v in seen.items() if k != 'n'} | {f'miou@{t:g}': v for t, v in seen['curve'].items()}, seen['n'])
         found |= _sized({k: seen[k] for k in ('energy', 'energy_gain')}, seen['defined'])
     if p.rationale.notna().all():
         found |= _sized({f'names_{k}': _named(p.rationale, test.classes, p[c]) for k, c in (('predicted', 'predicted'), ('true', 'label'))}, len(p))
         images = None if 'clipscore' in missing_scores() else _Pictures(test)
-        said = text_metrics(list(p.rationale), [r['rationales'] for r in test.records], correct=(p.label == p.predicted).tolist(), images=images)
+        said = text_metrics(list(p.rationale), [r['rationales'] for r in test.records], correct=(p.label == p.predicted).tolist(), per_sample=True, images=images, device=run.device)
+        each = io.BytesIO(); np.savez_compressed(each, **said.pop('per_sample')); write_atomic(path.with_suffix('.npz'), each.getvalue())
         few = {k: v for k, v in said.items() if k.startswith('filtered_') and not k.startswith('filtered_x')}
         found |= _sized({k: v for k, v in said.items() if k != 'n' and k not in few}, len(p)) | _sized(few, said['filtered_n'])
     if p.answer.notna().all():
@@ -443,28 +449,30 @@ def _alone(folder, run): # one at a time; the processes of a second launch would
     try: return lock.acquire()
     except Timeout: raise OSError(f'{folder}: another launch is training "{run}": wait until it has finished') from None
 
+def _must_be_here(run, device): # raise a ValueError where this is another place than its identity says
+    if run.code != (here := _CODE[bool(METHODS[run.method].mllm)]):
+        raise ValueError(f'{run}: defined by other code of megl ({run.code}, here {here}): start Python again, and all workers, and define it anew')
+    if run.processes != _processes(): raise ValueError(f'{run}: defined where {run.processes} train together, here {_processes()} do: call make_run in the processes that train')
+    if run.device != (here := get_device(device).type): raise ValueError(f'{run}: defined for {run.device}, here it would train on {here}: give make_run the device of the machine that trains')
+
 def execute(
     run: Run,
     out: Path|str, # the results folder
-    device: str = 'auto',
+    device: str = '', # where; '': as the run says
     force: bool = False, # train again even if finished
 ) -> str: # one line about what was done
     "Train, predict on the test split, and store. A finished run is left alone; an unfinished one is continued."
-    _own_gpu(device); out = Path(out); folder = run_folder(run, out); folder.mkdir(parents=True, exist_ok=True)
+    device = device or run.device; _own_gpu(device); out = Path(out); folder = run_folder(run, out); folder.mkdir(parents=True, exist_ok=True)
     first = int(os.environ.get('RANK', 0)) == 0 # of the processes that train this run together
-    if get_device(device).type == 'cpu': torch.set_num_threads(1)
     last, kept = folder/'last.pt', folder/'predictions.parquet'
     def finished():
         if force or not (folder/'run.json').exists(): return False
         if first: last.unlink(missing_ok=True) # left by a process that died just then
         return True
     if finished(): return f'{run}: reused' # seen by all processes of a run
-    with _alone(folder, run) if first else nullcontext():
+    with one_thread(get_device(device)), _alone(folder, run) if first else nullcontext():
         if finished(): return f'{run}: reused' # by another process, meanwhile
-        if run.code != (here := _CODE[bool(METHODS[run.method].mllm)]):
-            raise ValueError(f'{run}: defined by other code of megl ({run.code}, here {here}): start Python again, and all workers, and define it anew')
-        if run.processes != _processes(): raise ValueError(f'{run}: defined where {run.processes} train together, here {_processes()} do: call make_run in the processes that train')
-        if run.device != (here := get_device(device).type): raise ValueError(f'{run}: defined for {run.device}, here it would train on {here}: give make_run the device of the machine that trains')
+        _must_be_here(run, device)
         if force and first:
             for p in folder.iterdir():
                 if p.name != 'lock': shutil.rmtree(p) if p.is_dir() else p.unlink()
@@ -483,8 +491,8 @@ def execute(
         finally: # the model is kept whether they can be computed or not
             seconds = time.time() - began
             about = dict(id=run.id, run=asdict(run), seconds=seconds, device=str(get_device(device)), processes=run.processes, **made)
-            card = dict(card={k: v['value'] for k, v in found.items()}, manifest=about, note=f'Measured on the test split of {train.name}: {run}, preset {run.preset}.') # an MLLM has no card
-            model.save_pretrained(folder/'model', **({} if METHODS[run.method].mllm else card))
+            card = dict(card={k: v['value'] for k, v in found.items()}, manifest=about, note=f'Measured on the test split of {train.name}: {run}, preset {run.preset}.')
+            model.save_pretrained(folder/'model', **card)
         write_atomic(folder/'run.json', json.dumps(about, indent=1))
         last.unlink(missing_ok=True)
     return f'{run}: trained in {seconds:.0f} s'
@@ -493,12 +501,11 @@ def execute(
 _KEEP_MEMORY = dict(MALLOC_MMAP_THRESHOLD_=str(2**25), MALLOC_TRIM_THRESHOLD_=str(2**32)) # glibc's, of processes that are started from here
 
 def _one_for_each(key, runs): # shared part: one of the runs that need it
-    alike = {(r.dataset, r.backbone, stable_hash([r.pretrain, r.llava, r.limit])): r for r in runs} # have one key, which takes reading all texts
+    alike = {(r.dataset, r.backbone, stable_hash([r.pretrain, r.limit])): r for r in runs} # have one key, which takes reading all texts
     return list({key(r): r for r in alike.values()}.values())
 
 def _prepare(base, run, out, device): # a shared part of runs, so that no process waits for another's pre-training
-    if get_device(device).type == 'cpu': torch.set_num_threads(1)
-    base(run, out, device)
+    with one_thread(get_device(device)): base(run, out, device)
 
 def _knowing(parts, do, *args): # in a process where one's own parts are not registered yet
     for register, name, factory in parts: register(name, factory)
@@ -506,9 +513,9 @@ def _knowing(parts, do, *args): # in a process where one's own parts are not reg
 
 def execute_all(
     runs: list, # of `Run`
-    out: Path|str,
-    device: str = 'auto',
-    force: bool = False,
+    out: Path|str, # the results folder
+    device: str = '', # where; '': as the runs say
+    force: bool = False, # train again even if finished
     jobs: int|None = None, # processes; None: one per core on a CPU, one on a GPU
 ):
     "Execute what is not finished yet, several runs at a time."
@@ -518,6 +525,7 @@ def execute_all(
     todo = [r for r in runs if force or not (run_folder(r, out)/'run.json').exists()]
     if len(runs) > len(todo): print(f'{len(runs)-len(todo)} of {len(runs)} runs are finished and are reused')
     if not todo: return
+    device = device or todo[0].device
     jobs = jobs or (min(cpu_count(), len(todo)) if get_device(device).type == 'cpu' and todo[0].preset != 'smoke' else 1)
     now = getattr(get_active_backend()[0], 'supports_return_generator', False) # else lines come at the end
     os.environ.update({k: os.environ.get(k, v) for k, v in _KEEP_MEMORY.items()})
@@ -550,6 +558,7 @@ def result_rows(
     def row(r, m, found, run_id):
         have = dict(value=found[m]['value'], n=found[m]['n']) if m in found else dict(value=float('nan'), n=0, reason=why(r, m, found))
         return dict(item=item, dataset=r.dataset, split='test', backbone=r.backbone, method=r.method, seed=r.seed, metric=m, preset=r.preset, run_id=run_id, **have)
+    from megl.report import tidy # brings plotting along
     known = [(r, metrics_of(r, out, stored), prediction_attrs(predictions_file(r, out, stored))['run_id']) for r in runs]
     return tidy([row(r, m, found, run_id) for r, found, run_id in known for m in metrics])
 
@@ -557,21 +566,24 @@ def result_rows(
 SAMPLE_SCORES = 'accuracy', 'miou'
 
 def sample_scores(
-    run: Run,
-    predictions: pd.DataFrame, # its predictions
+    run: Run, # a finished one
+    out: Path|str, # the results folder
     metric: str, # one of SAMPLE_SCORES
+    stored: bool = False, # see `predictions_file`
 ) -> np.ndarray: # (n,), in the order of the test split; for mIoU the annotated samples only
     "The scores of single samples that a headline metric is the mean of."
-    p, test = predictions, _split(run, 'test'); choose('metric of single samples', metric, SAMPLE_SCORES)
+    choose('metric of single samples', metric, SAMPLE_SCORES); p = load_predictions(run, out, stored)
     if metric == 'accuracy': return (p.label == p.predicted).to_numpy(float)
-    iou = iou_scores(maps_of(p), annotations_of(test)); return iou[~np.isnan(iou)]
+    iou = iou_scores(maps_of(p), _split(run, 'test').annotations()); return iou[~np.isnan(iou)]
 
 def text_scores(
-    run: Run,
-    predictions: pd.DataFrame, # its predictions
+    run: Run, # a finished one that gives rationales
+    out: Path|str, # the results folder
+    stored: bool = False, # see `predictions_file`
 ) -> dict: # metric → (n,) scores of single texts; bleu4 → (n, 10), see `megl.metrics.bleu4`
     "What a test needs of texts, in the order of the test split."
-    return text_metrics(list(predictions.rationale), [r['rationales'] for r in _split(run, 'test').records], per_sample=True)['per_sample']
+    metrics_of(run, out, stored) # which leaves them beside its own
+    with np.load(_metrics_file(run, out, predictions_file(run, out, stored)).with_suffix('.npz')) as each: return dict(each)
 
 # %% ../nbs/13_run.ipynb #3e353ac0
 def _assigned(source): return [t.id for n in ast.parse(source).body if isinstance(n, (ast.Assign, ast.AnnAssign))
@@ -633,7 +645,7 @@ class Experiment:
     def execute(self, runs):
         "Execute what is not finished; with `from_predictions` see that nothing is missing."
         done = {r.id for r in self.executed}
-        if self.from_predictions: [self.predictions(r) for r in runs]
+        if self.from_predictions: [predictions_file(r, self.out, True) for r in runs]
         else: execute_all([r for r in runs if r.id not in done], self.out, self.device, self.force)
         self.executed += [r for r in runs if r.id not in done]
         return runs
@@ -648,11 +660,11 @@ class Experiment:
 
     def scores(self, dataset, backbone, method, metric, **overrides) -> np.ndarray: # (seeds, images)
         "What a paired test needs: each test sample's score, for 'accuracy' or 'miou' (annotated samples)."
-        return np.stack([sample_scores(r, self.predictions(r), metric) for r in self._seeds_of(dataset, backbone, method, overrides)])
+        return np.stack([sample_scores(r, self.out, metric, self.from_predictions) for r in self._seeds_of(dataset, backbone, method, overrides)])
 
     def texts(self, dataset, backbone, method, **overrides) -> dict: # metric → (seeds, images), bleu4 → (seeds, images, 10)
         "The same for rationales, see `text_scores`."
-        each = [text_scores(r, self.predictions(r)) for r in self._seeds_of(dataset, backbone, method, overrides)]
+        each = [text_scores(r, self.out, self.from_predictions) for r in self._seeds_of(dataset, backbone, method, overrides)]
         return {k: np.stack([e[k] for e in each]) for k in each[0]}
 
     def _seeds_of(self, dataset, backbone, method, overrides):
@@ -702,9 +714,11 @@ def run_notebook(
     path = experiments()[choose('experiment', name, experiments())]
     declared = pm.inspect_notebook(path)
     for k in parameters: choose(f'parameter of {path.name}', k, declared)
+    if 'preset' in parameters: choose('preset', parameters['preset'], PRESETS)
+    if not isinstance(n := parameters.get('seeds', 1), int) or n < 1: raise ValueError(f'seeds is the number of seeds, 1 or more, not {n!r}')
     done = project_root()/out/'runs'/'notebooks'/path.name; done.parent.mkdir(parents=True, exist_ok=True)
     try: pm.execute_notebook(path, done, {**parameters, 'out_dir': str(out)}, cwd=path.parent, kernel_name='python3',
-                             progress_bar=False, stdout_file=sys.stdout)
+                             progress_bar=False, stdout_file=sys.stdout, extra_arguments=['--log-level=CRITICAL']) # of the kernel, whose log would stand between the lines
     except pm.PapermillExecutionError as e:
         raise NotebookError(f'{path.name}, cell {e.exec_count}: {e.ename}: {e.evalue}\nthe executed notebook, with the traceback: {done}') from None
     return done
@@ -724,7 +738,8 @@ def _suite(a): # several notebooks, each with the parameters that it has
 
 def _values(pairs): # of -p NAME VALUE
     import yaml
-    return {k: yaml.safe_load(v) for k, v in pairs or []}
+    number = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+', re.I) # 1e-3 is text to YAML
+    return {k: float(v) if number.fullmatch(v) else yaml.safe_load(v) for k, v in pairs or []}
 
 def _run(a):
     import yaml
@@ -733,8 +748,9 @@ def _run(a):
     run_notebook(a.experiment, given, a.out_dir or given.get('out_dir') or 'results/runs/smoke')
 
 def _train(a):
-    _own_gpu(a.device)
-    run = make_run(a.dataset, *backbones_of(a.method, (a.backbone or PRESETS[a.preset].backbones[0],)), a.method, a.seed, a.preset, a.epochs, a.device, a.base, a.weights, **_values(a.settings))
+    _own_gpu(a.device); settings = _values(a.settings)
+    for k in settings: choose('setting', k, [f.name for f in fields(TrainConfig) if f.name not in ('seed', 'epochs', 'visual')]) # these have options of their own
+    run = make_run(a.dataset, *backbones_of(a.method, (a.backbone or PRESETS[a.preset].backbones[0],)), a.method, a.seed, a.preset, a.epochs, a.device, a.base, a.weights, **settings)
     done = execute(run, project_root()/a.out_dir, a.device, a.force)
     if int(os.environ.get('RANK', 0)) == 0: print(done, run_folder(run, project_root()/a.out_dir), sep='\n')
 
@@ -742,10 +758,8 @@ def _explain(a):
     from megl.data import eval_transform, read_image
     from megl.model import MEGL
     from megl.report import explanation_figure
-    where, device = local_path(a.model), get_device(a.device); config = Path(where)/'config.json'
-    if config.exists() and 'mllm' in json.loads(config.read_text()):
-        raise ValueError(f'{where}: a language model that names the class itself, without classifier and map (`megl.mllm.MLLM.from_pretrained` reads it): give the folder of a classifier trained by another method')
-    model = MEGL.from_pretrained(where, _base(a.base) if a.base else None).to(device); image = read_image(a.image)
+    device = get_device(a.device)
+    model = MEGL.from_pretrained(local_path(a.model), _base(a.base) if a.base else None).to(device); image = read_image(a.image)
     e = model.explain(eval_transform(model.image_size)(image)[None].to(device))[0]
     print(f'{e.label} ({e.probability:.2f})' + (f': {e.rationale}' if e.rationale else ''))
     column = dict(title='map', map=e.map.cpu(), predicted=e.label, rationale=e.rationale)

@@ -2,10 +2,11 @@
 import os, re, signal, subprocess, sys
 from pathlib import Path
 
-import nbformat, pytest
+import nbformat, pytest, torch
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('[!_.]*.ipynb'), reverse=True) # the experiments, which take longest, first
+SINCE = {'08_model': 'ONNX export', '10_train': 'sharding', '51_paper_scale': 'counts on the meta device'} # what torch 2.6 cannot yet: everything else runs there too
 MINUTES = 15 # far above what a notebook needs; it only ends one that hangs
 ENV = os.environ | dict(
     PATH=str(Path(sys.executable).parent) + os.pathsep + os.environ['PATH'], # for `!megl …`
@@ -30,6 +31,7 @@ def out_dir(tmp_path_factory):
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path, tmp_path, out_dir):
+    if path.stem in SINCE and torch.__version__ < '2.7': pytest.skip(f'{SINCE[path.stem]}: needs torch 2.7')
     nb = nbformat.read(path, as_version=4)
     before, out = set((ROOT/'nbs').rglob('*')), tmp_path/path.name
     command = [sys.executable, '-m', 'papermill', str(path), str(out), '--no-progress-bar']
