@@ -247,10 +247,11 @@ def export_onnx(
     classifier: nn.Module, # see `megl.classifiers`
     path: Path|str, # .onnx
 ) -> Path: # the same
-    "Write the classifier as ONNX: `images` (B, 3, S, S) in [0, 1] → `probabilities` (B, C), for any B. Needs the packages onnx and onnxscript."
+    "Write the classifier as ONNX: `images` (B, 3, S, S) in [0, 1] → `probabilities` (B, C), for any B. Needs the packages onnx and onnxscript, and torch 2.7."
+    if torch.__version__ < '2.7': raise RuntimeError(f'export to ONNX needs torch 2.7 or newer, this is {torch.__version__}')
     try: import onnxscript # noqa: F401
     except ImportError: raise ImportError('export to ONNX needs two more packages: pip install onnx onnxscript') from None
     model = _Deployed(copy.deepcopy(classifier)).eval(); x = torch.rand(2, 3, classifier.image_size, classifier.image_size).to(model.mean.device)
     torch.onnx.export(model, (x,), str(path), input_names=['images'], output_names=['probabilities'], dynamo=True, verbose=False,
-                      dynamic_shapes=({0: torch.export.Dim('batch')},), external_data=False)
+                      dynamic_shapes=({0: torch.export.Dim('batch', max=2**20)},), external_data=False) # torch 2.7 wants an upper end
     return Path(path)

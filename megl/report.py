@@ -759,13 +759,14 @@ def plot_levels(
         ends = [_draw_levels(ax, rows[rows.backbone == b], levels, x, methods, reference, confidence)
                 for ax, b in zip(line, backbones)]
         line[0].margins(y=.08) # of what all panels hold
-        line[0].set_ylabel(', '.join(filter(None, [display_name('metric', metric), *rows.split.unique()])))
+        seeds = rows.seed.nunique()
+        line[0].set_ylabel(', '.join(filter(None, [display_name('metric', metric), *rows.split.unique(), f"{seeds} seed{'s'*(seeds > 1)}"*(seeds > 0)])))
         for ax, e in zip(line, ends):
             _name_ends(ax, e)
             if chance is None or metric != 'accuracy' or chance < ax.get_ylim()[0]: continue
             ax.axhline(chance, color='.6', lw=.8, ls=':')
             ax.annotate('chance', (x[0], chance), (0, 2), textcoords='offset points', color='.5', fontsize=7)
-    for ax, b in zip(axes[0], backbones): ax.set_title(display_name('backbone', b))
+    for ax, b in zip(axes[0], backbones): ax.set_title(f"{display_name('dataset', df.dataset.iloc[0])}, {display_name('backbone', b)}")
     for ax in axes[-1]: ax.set_xlabel(xlabel); ax.set_xticks(x, [f'{v}{unit}' if words else f'{v:g}{unit}' for v in levels.values()])
     return fig
 
