@@ -441,7 +441,7 @@ def _classifier_kept(classifier): # bytes per image
 
 def memory_estimate(
     generator: RationaleGenerator|None, # on any device, the meta device too
-    classifier: nn.Module|None = None,
+    classifier: nn.Module|None = None, # on any device; None: the generator's memory alone
     batch_size: int = 1, # samples in one forward pass
     text_tokens: int = 40, # of a rationale
     half: bool = False, # autocast to 16 bits; a base in half precision computes so anyway

@@ -766,6 +766,10 @@ def _explain(a):
     explanation_figure([dict(image=image, label=None, annotation=None, columns=[column])]).savefig(a.out, bbox_inches='tight'); print(a.out)
 
 # %% ../nbs/13_run.ipynb #ef21c058
+def _count(text): # of seeds
+    if not text.isdecimal() or int(text) < 1: raise argparse.ArgumentTypeError(f'the number of seeds, 1 or more, not {text!r}')
+    return int(text)
+
 def parser() -> argparse.ArgumentParser:
     "The command's arguments."
     top = argparse.ArgumentParser('megl', description='Multimodal Explanation-Guided Learning: rerun tables and figures, build data, explain images.')
@@ -775,7 +779,7 @@ def parser() -> argparse.ArgumentParser:
     for name, suite, text in (('reproduce', REPRODUCE, "Run the notebooks of the paper's tables and figures."), ('ablations', ABLATIONS, 'Run the experiments beyond the paper.')):
         p = add(sub, name, _suite, text); p.set_defaults(suite=suite)
         p.add_argument('--preset', default='demo', choices=PRESETS)
-        p.add_argument('--seeds', type=int, default=1, help='how many (default 1)')
+        p.add_argument('--seeds', type=_count, default=1, help='how many (default 1)')
         p.add_argument('--device', default='auto')
         p.add_argument('--out-dir', default='results')
         p.add_argument('--from-predictions', action='store_true', help=kept)
