@@ -40,10 +40,14 @@ def _downloaded(enum): # a state dict from torchvision's server or its cache; on
 def _read(weights, enum): # a state dict, or None
     if weights is None: return None
     if enum: return _downloaded(enum)
-    try: state = load_file(weights) if Path(weights).suffix == '.safetensors' else torch.load(weights, map_location='cpu', weights_only=True)
+    try:
+        state = load_file(weights) if Path(weights).suffix == '.safetensors' else torch.load(weights, map_location='cpu', weights_only=True)
     except FileNotFoundError: raise FileNotFoundError(f'no weights at {weights}: give the path of a state dict') from None
-    except Exception as e: raise ValueError(f'weights {weights}: not a readable state dict ({type(e).__name__}): give a .safetensors file, or what torch.save writes of model.state_dict()') from None
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()): raise ValueError(f'weights {weights}: holds no state dict: save model.state_dict()')
+    except Exception as e:
+        raise ValueError(f'weights {weights}: not a readable state dict ({type(e).__name__}): give a .safetensors file, or what torch.save '
+                         'writes of model.state_dict()') from None
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f'weights {weights}: holds no state dict: save model.state_dict()')
     return state
 
 def _load(model, weights, enum, state):
@@ -208,7 +212,8 @@ def vit_b_16(
 ) -> ViT: # 14×14 grid at 224 pixels
     "torchvision's ViT-B/16."
     enum = _torchvision_weights('vit_b_16', weights); state = _read(weights, enum)
-    if state and 'encoder.pos_embedding' in state: image_size = 16*math.isqrt(state['encoder.pos_embedding'].shape[1] - 1) # a square of patches, and CLS
+    # a square of patches, and CLS
+    if state and 'encoder.pos_embedding' in state: image_size = 16*math.isqrt(state['encoder.pos_embedding'].shape[1] - 1)
     return _load(ViT(image_size, 16, 12, 12, 768, 3072, num_classes=num_classes), weights, enum, state)
 
 def vit_tiny(
@@ -259,7 +264,9 @@ def create_classifier(
     kw = {k: v for k, v in dict(weights=weights, image_size=image_size).items() if v is not None}
     takes = signature(factory).parameters
     if 'image_size' not in takes: kw.pop('image_size', None)
-    if weights is not None and 'weights' not in takes: raise ValueError(f"{name} takes no weights (its factory has no argument of that name), not {str(weights)!r} either: leave weights out, or on the command line give 'none'")
+    if weights is not None and 'weights' not in takes:
+        raise ValueError(f"{name} takes no weights (its factory has no argument of that name), not {str(weights)!r} either: leave weights "
+                         f"out, or on the command line give 'none'")
     model = factory(num_classes, **kw)
     model.registered_name = name # by which a saved model is made again
     if name not in _BUILTIN: check_classifier(model)

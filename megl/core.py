@@ -157,7 +157,8 @@ def _git(*args): # None outside a clone
 def versions() -> dict: # package → version
     "Versions of Python and of the packages that compute results."
     found = {p: importlib.metadata.version(p) for p in PACKAGES if importlib.util.find_spec(p)}
-    return {'python': platform.python_version(), **found, 'torch': torch.__version__} # with its build, such as +cu126, which package metadata may lack
+    # with its build, such as +cu126, which package metadata may lack
+    return {'python': platform.python_version(), **found, 'torch': torch.__version__}
 
 def provenance() -> dict: # commit, dirty (True if code differs from it; None without git), versions, platform
     "What ran: the commit, whether notebooks or modules differ from it, versions and platform."

@@ -385,7 +385,9 @@ class CropJitter(v2.Transform):
         area, y, x, *colour = torch.rand(6).tolist() if self.random else (1, 0, 0)
         side = math.sqrt(lo + (hi - lo)*area); ch, cw = max(1, round(h*side)), max(1, round(w*side))
         box = dict(top=int(y*(h - ch + 1)), left=int(x*(w - cw + 1)), height=ch, width=cw)
-        if any(isinstance(m, tv_tensors.Mask) and not tv.crop_mask(m, **box).any() for m in flat_inputs): box = dict(top=0, left=0, height=h, width=w) # would cut all evidence off
+        # would cut all evidence off
+        if any(isinstance(m, tv_tensors.Mask) and not tv.crop_mask(m, **box).any() for m in flat_inputs):
+            box = dict(top=0, left=0, height=h, width=w)
         return dict(box=box, colour=[1 + self.jitter*(2*c - 1) for c in colour])
 
     @property

@@ -82,7 +82,8 @@ def peak_bytes(
 # %% ../nbs/17_measure.ipynb #6d0c1a0d
 def llava_7b_config() -> LlavaConfig:
     "The configuration of LLaVA-1.5-7B."
-    vision = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14, projection_dim=768)
+    vision = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+                              patch_size=14, projection_dim=768)
     text = LlamaConfig(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
                        num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5, tie_word_embeddings=False)
     return LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000, image_seq_length=576, vision_feature_layer=-2,

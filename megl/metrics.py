@@ -242,7 +242,8 @@ def randomization_cascade(
     trained = cam_forward(model, x)
     target, size = trained.logits.argmax(1), lambda m: sum(p.numel() for p in m.parameters(recurse=False))
     yield '', 0., trained
-    layers = sorted([(n, m) for n, m in model.named_modules() if size(m)][::-1], key=lambda l: l[1] is not model.head) # the head, then back from the layer that was registered last
+    # the head, then back from the layer that was registered last
+    layers = sorted([(n, m) for n, m in model.named_modules() if size(m)][::-1], key=lambda l: l[1] is not model.head)
     stops = set(np.linspace(len(layers), 1, min(points, len(layers))).round().astype(int))
     done, total = 0, sum(size(m) for _, m in layers)
     for k, (name, m) in enumerate(layers, 1):
@@ -438,14 +439,16 @@ def bleu4(
 def _bleu_statistics(hyps, refs): # (N, 10), of tokenized texts, by the package's own counting
     scorer = BleuScorer(4)
     for h, r in zip(hyps, refs): scorer += (h, r)
-    return np.array([[*c['correct'], *c['guess'], c['testlen'], min((abs(n - c['testlen']), n) for n in c['reflen'])[1]] for c in scorer.ctest], float)
+    return np.array([[*c['correct'], *c['guess'], c['testlen'],
+                      min((abs(n - c['testlen']), n) for n in c['reflen'])[1]] for c in scorer.ctest], float)
 
 def _corpus(hyps, refs, stats, more): # (corpus scores, per-sample arrays) of tokenized texts
     gts, res = dict(enumerate(refs)), {i: [h] for i, h in enumerate(hyps)}
     bleu, _ = Bleu(4).compute_score(gts, res, verbose=0)
     met, mets = meteor_process().score(stats)
     rouge, rouges = Rouge().compute_score(gts, res)
-    cider, ciders = Cider().compute_score(gts, res) if any(map(any, refs)) else (0., np.zeros(len(refs))) # the package needs a word to count
+    # the package needs a word to count
+    cider, ciders = Cider().compute_score(gts, res) if any(map(any, refs)) else (0., np.zeros(len(refs)))
     scores = map(float, (*bleu, met, rouge, cider))
     means = {k: float(np.mean(more[k])) if k in more else math.nan for k in OPTIONAL_SCORES}
     return dict(zip(TEXT_SCORES, scores)) | means, dict(bleu4=_bleu_statistics(hyps, refs), meteor=mets, rouge_l=rouges, cider=ciders) | more

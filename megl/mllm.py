@@ -180,7 +180,8 @@ def forward(self: MLLM,
     return MeglOutput(None, text_loss=loss.mean())
 
 # %% ../nbs/09_mllm.ipynb #6f4f8a63
-_AS_WRITTEN = re.compile(r"[^\w\s'’.,/&()-]|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ud7af\uf900-\ufaff]") # "C++"; scripts whose words are not set apart by spaces
+# "C++"; scripts whose words are not set apart by spaces
+_AS_WRITTEN = re.compile(r"[^\w\s'’.,/&()-]|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ud7af\uf900-\ufaff]")
 
 def _words(text): # matches of words, without articles
     found = list(re.finditer(r'\w+', str(text).casefold().replace('_', ' ')))

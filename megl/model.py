@@ -54,7 +54,8 @@ class MEGL(nn.Module):
             raise ValueError(f'the generator expects features of width {generator.feature_dim}, the classifier gives {classifier.head.in_features}')
         self.classifier, self.generator = classifier, generator
         self.classes = list(classes or map(str, range(classifier.head.out_features)))
-        if len(self.classes) != classifier.head.out_features: raise ValueError(f'{len(self.classes)} class names for a classifier of {classifier.head.out_features} classes: give one each')
+        if len(self.classes) != classifier.head.out_features:
+            raise ValueError(f'{len(self.classes)} class names for a classifier of {classifier.head.out_features} classes: give one each')
         self.image_size = image_size or max(m.image_size for m in (classifier, generator) if m is not None)
         for k in ('mean', 'std'): self.register_buffer(k, torch.tensor(getattr(classifier, k)).view(3, 1, 1), persistent=False)
 
@@ -148,7 +149,8 @@ def model_card(
 ) -> str: # Markdown with the hub's header
     "README.md of a saved model."
     rows = ''.join(f'| {k} | {v:.4g} |\n' if isinstance(v, float) else f'| {k} | {v} |\n' for k, v in (numbers or {}).items())
-    return ('---\nlibrary_name: megl\ntags: [image-classification, explanation]\n' + (f'base_model: {base}\n' if isinstance(base, str) and not Path(base).exists() else '') + '---\n'
+    hub = f'base_model: {base}\n' if isinstance(base, str) and not Path(base).exists() else ''
+    return (f'---\nlibrary_name: megl\ntags: [image-classification, explanation]\n{hub}---\n'
             f'# {title}\n\n{about}\n\n' + (f'| measured | value |\n|---|---|\n{rows}\n' if numbers else 'No measured numbers were given.\n\n') + (f'{note}\n\n' if note else '')
             + f'```python\n{usage}\n```\n')
 
@@ -169,11 +171,13 @@ def save_pretrained(self: MEGL,
 ):
     "Write config, classifier, the generator's trained part, and a model card."
     folder, g, c = Path(folder), self.generator, self.classifier
-    if not hasattr(c, 'registered_name'): raise ValueError(f'{type(c).__name__} has no name to be made by again: register_classifier, then create_classifier')
+    if not hasattr(c, 'registered_name'):
+        raise ValueError(f'{type(c).__name__} has no name to be made by again: register_classifier, then create_classifier')
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in c.state_dict().items()}, folder/'classifier.safetensors')
     if g is not None: g.save_pretrained(folder/'generator')
-    config = dict(classifier=c.registered_name, classes=self.classes, image_size=self.image_size, preprocessing=dict(image_size=c.image_size, mean=list(c.mean), std=list(c.std)), generator=None if g is None else g.config())
+    config = dict(classifier=c.registered_name, classes=self.classes, image_size=self.image_size,
+                  preprocessing=dict(image_size=c.image_size, mean=list(c.mean), std=list(c.std)), generator=None if g is None else g.config())
     write_atomic(folder/'config.json', json.dumps(config, indent=1))
     if manifest is not None: write_atomic(folder/'run.json', json.dumps(manifest, indent=1))
     write_atomic(folder/'README.md', model_card(*_about(self), card, note, None if g is None else g.base))
@@ -186,9 +190,12 @@ def from_pretrained(cls: MEGL,
 ): # MEGL, in evaluation mode
     "Read a model back: the same predictions, maps and texts, bit by bit."
     folder = local_folder(folder, None if generator else 'generator/*')
-    if not (folder/'config.json').exists(): raise FileNotFoundError(f'{folder}: no config.json: give a folder written by MEGL.save_pretrained')
+    if not (folder/'config.json').exists():
+        raise FileNotFoundError(f'{folder}: no config.json: give a folder written by MEGL.save_pretrained')
     config = json.loads((folder/'config.json').read_text())
-    if 'mllm' in config: raise ValueError(f'{folder}: a language model that names the class itself, without classifier and map (`megl.mllm.MLLM.from_pretrained` reads it): give the folder of a classifier trained by another method')
+    if 'mllm' in config:
+        raise ValueError(f'{folder}: a language model that names the class itself, without classifier and map '
+                         '(`megl.mllm.MLLM.from_pretrained` reads it): give the folder of a classifier trained by another method')
     classifier = create_classifier(config['classifier'], len(config['classes']), image_size=config['preprocessing']['image_size'])
     classifier.load_state_dict(load_file(folder/'classifier.safetensors'))
     for k in ('mean', 'std'): setattr(classifier, k, tuple(config['preprocessing'][k]))
@@ -207,8 +214,10 @@ def local_folder(
     if Path(name).exists() or name.startswith(('/', '.')) or name.count('/') != 1: return Path(name)
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(name, ignore_patterns=leave))
-    except Exception as e: raise FileNotFoundError(f'{name}: no folder of that name, and no model of that id on this machine or the hub ({type(e).__name__}). '
-                                                   f'Give a local folder, or download it once (megabytes) where there is a network, with HF_HUB_OFFLINE unset: hf download {name}') from None
+    except Exception as e: raise FileNotFoundError(f'{name}: no folder of that name, and no model of that id on this machine or the hub '
+                                                   f'({type(e).__name__}). '
+                                                   'Give a local folder, or download it once (megabytes) where there is a network, with '
+                                                   f'HF_HUB_OFFLINE unset: hf download {name}') from None
 
 @patch
 def push_to_hub(self: MEGL,
@@ -221,7 +230,8 @@ def push_to_hub(self: MEGL,
     from tempfile import TemporaryDirectory
     base = None if self.generator is None else self.generator.base
     if local := [p for p in ((base,) if isinstance(base, str) else (base or {}).values()) if isinstance(p, str) and Path(p).exists()]:
-        raise ValueError(f'the base model is the folder {local[0]}, which others do not have: push it under an id of its own and set generator.base to that id')
+        raise ValueError(f'the base model is the folder {local[0]}, which others do not have: push it under an id of its own and set '
+                         'generator.base to that id')
     api = HfApi(); api.create_repo(repo_id, private=private, exist_ok=True)
     with TemporaryDirectory() as d:
         self.save_pretrained(d, **card)
@@ -234,7 +244,8 @@ def export_torchvision(
 ):
     "Write a state dict that torchvision's model of the same name loads. `ValueError` for any other classifier."
     name = getattr(classifier, 'registered_name', type(classifier).__name__)
-    if name not in ('resnet18', 'vit_b_16'): raise ValueError(f"{name} is not a torchvision model: create_classifier's resnet18 and vit_b_16 are")
+    if name not in ('resnet18', 'vit_b_16'):
+        raise ValueError(f"{name} is not a torchvision model: create_classifier's resnet18 and vit_b_16 are")
     save_file({k: v.contiguous() for k, v in classifier.state_dict().items()}, path)
 
 class _Deployed(nn.Module): # pixels in [0, 1] → probabilities
@@ -251,7 +262,8 @@ def export_onnx(
     if torch.__version__ < '2.7': raise RuntimeError(f'export to ONNX needs torch 2.7 or newer, this is {torch.__version__}')
     try: import onnxscript # noqa: F401
     except ImportError: raise ImportError('export to ONNX needs two more packages: pip install onnx onnxscript') from None
-    model = _Deployed(copy.deepcopy(classifier)).eval(); x = torch.rand(2, 3, classifier.image_size, classifier.image_size).to(model.mean.device)
+    model = _Deployed(copy.deepcopy(classifier)).eval()
+    x = torch.rand(2, 3, classifier.image_size, classifier.image_size).to(model.mean.device)
     torch.onnx.export(model, (x,), str(path), input_names=['images'], output_names=['probabilities'], dynamo=True, verbose=False,
                       dynamic_shapes=({0: torch.export.Dim('batch', max=2**20)},), external_data=False) # torch 2.7 wants an upper end
     return Path(path)

@@ -98,7 +98,8 @@ def adapted(
     if config.exclude_modules is None: config.exclude_modules = r'.*(vision_tower|multi_modal_projector).*'
     model = get_peft_model(llava, config)
     if reached := [n for n, p in model.named_parameters() if 'vision_tower' in n and p.requires_grad]:
-        raise ValueError(f'{type(config).__name__} reaches the vision tower, which stays frozen ({reached[0]}): name modules of the language model, or leave exclude_modules to be filled in')
+        raise ValueError(f'{type(config).__name__} reaches the vision tower, which stays frozen ({reached[0]}): name modules of the language '
+                         'model, or leave exclude_modules to be filled in')
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
     return model
@@ -124,8 +125,10 @@ class RationaleGenerator(nn.Module):
         for name, v in (('pixel_mean', pixel_mean), ('pixel_std', pixel_std)):
             self.register_buffer(name, torch.tensor(v).view(3, 1, 1), persistent=False)
         ids = tokenizer(prompt(question)).input_ids; slot = ids.index(tokenizer.convert_tokens_to_ids(IMAGE))
-        for name, part in (('before', ids[:slot]), ('after', ids[slot+1:])): self.register_buffer(f'{name}_ids', torch.tensor(part), persistent=False)
-        self.space = '' if tokenizer.tokenize('so') == tokenizer.tokenize('so so')[-1:] else ' ' # put before a text, so that its first word has the tokens of a word amid a text
+        for name, part in (('before', ids[:slot]), ('after', ids[slot+1:])):
+            self.register_buffer(f'{name}_ids', torch.tensor(part), persistent=False)
+        # put before a text, so that its first word has the tokens of a word amid a text
+        self.space = '' if tokenizer.tokenize('so') == tokenizer.tokenize('so so')[-1:] else ' '
         if checkpointing: # older versions of transformers have the other name
             enable = getattr(self.model, 'activation_checkpointing_enable', None) or self.model.gradient_checkpointing_enable
             enable(dict(use_reentrant=False))
@@ -192,7 +195,8 @@ def loss_of_tokens(self: RationaleGenerator,
 ) -> torch.Tensor: # scalar, nats per token
     "The same from the image tokens on."
     tok, start = self.tokenizer, self.prompt_embeddings(v)
-    enc = tok([self.space + t + tok.eos_token for t in texts], add_special_tokens=False, padding=True, padding_side='right', return_tensors='pt').to(v.device)
+    enc = tok([self.space + t + tok.eos_token for t in texts], add_special_tokens=False, padding=True, padding_side='right',
+              return_tensors='pt').to(v.device)
     ids, valid = enc.input_ids, enc.attention_mask.bool()
     embeds = torch.cat([start, self.model.get_input_embeddings()(ids[:, :-1]).to(start.dtype)], 1)
     with self.autocast():
@@ -225,7 +229,8 @@ def _missing(base, kind, e): # one error for what cannot be loaded
     name = str(base); hint = "give a folder in transformers' format, as save_pretrained writes it, or a hub id"
     if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', name) and not Path(name).exists():
         size = f'about {DOWNLOADS[name]} GB' if name in DOWNLOADS else 'the size stands on its page of the hub'
-        hint = (f'it is not whole on this machine and cannot be had from the hub ({str(e).splitlines()[0]}). Give a local folder instead, or download it once ({size}) where there is '
+        hint = (f'it is not whole on this machine and cannot be had from the hub ({str(e).splitlines()[0]}). Give a local folder instead, or '
+                f'download it once ({size}) where there is '
                 f'a network, with HF_HUB_OFFLINE unset: hf download {name}')
     else: hint += f' ({str(e).splitlines()[0]})'
     return OSError(f'no {kind} at {name!r}: {hint}')
@@ -241,12 +246,14 @@ def _shapes(kind, base, config=None, **kw): # the same model on the meta device:
     make = kind.from_config if hasattr(kind, 'from_config') else kind._from_config # an auto class, or a model's own
     with torch.device('meta'): return make(config or AutoConfig.from_pretrained(base), **kw)
 
-def _pixels(base, vision, given): # the constructor's pixel_mean and pixel_std: given, or as the checkpoint's image processor has them, or CLIP's
+def _pixels(base, vision, given):
+    # the constructor's pixel_mean and pixel_std: given, or as the checkpoint's image processor has them, or CLIP's
     if {'pixel_mean', 'pixel_std'} <= given.keys(): return {}
     try: p, size = AutoImageProcessor.from_pretrained(base or '.'), vision.image_size
     except (OSError, ValueError):
         if vision.model_type.startswith('clip'): return {}
-        raise ValueError(f'{base or vision.model_type}: no image processor says how its pixels are normalised: give pixel_mean and pixel_std') from None
+        raise ValueError(f'{base or vision.model_type}: no image processor says how its pixels are normalised: give pixel_mean and '
+                         'pixel_std') from None
     side = dict(getattr(p, 'crop_size', None) or p.size or {}).get('height', size)
     if side != size: raise ValueError(f'{base}: its processor makes images of {side} pixels, its vision tower takes {size}')
     return dict(pixel_mean=tuple(p.image_mean), pixel_std=tuple(p.image_std))
@@ -290,7 +297,8 @@ def register_tower(
     factory, # called without arguments: a module from normalised images (B, 3, S, S) to tokens (B, N, D), with image_size, mean, std
 ):
     "Make a vision tower of one's own known by name."
-    if '/' in name or Path(name).exists(): raise ValueError(f'{name!r} could be mistaken for a hub id or a folder: register the tower under another name')
+    if '/' in name or Path(name).exists():
+        raise ValueError(f'{name!r} could be mistaken for a hub id or a folder: register the tower under another name')
     TOWERS[name] = factory
 
 class TowerConfig(PreTrainedConfig):
@@ -322,13 +330,15 @@ AutoConfig.register(TowerConfig.model_type, TowerConfig); AutoModel.register(Tow
 def _part(part, kind, dtype, attn, weights): # a tower or a language model, from a name or as it is
     if isinstance(part, PreTrainedModel): return part
     if part in TOWERS: return Tower(TowerConfig(tower=part)).to(dtype).eval()
-    if not isinstance(part, (str, Path)): raise TypeError(f'{kind}: a name or a model of transformers, not {type(part).__name__}; see register_tower')
+    if not isinstance(part, (str, Path)):
+        raise TypeError(f'{kind}: a name or a model of transformers, not {type(part).__name__}; see register_tower')
     load = AutoModel if kind == 'vision tower' else AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(part)
         if load is AutoModel: config = getattr(config, 'vision_config', config) # the visual half of CLIP or SigLIP
         return (_load if weights else _shapes)(load, part, config=config, dtype=dtype, attn_implementation=attn)
-    except (OSError, ValueError) as e: raise _missing(part, f'{kind} (registered: {", ".join(TOWERS) or "none"})' if load is AutoModel else kind, e) from None
+    except (OSError, ValueError) as e:
+        raise _missing(part, f'{kind} (registered: {", ".join(TOWERS) or "none"})' if load is AutoModel else kind, e) from None
 
 def assemble_llava(
     tower: PreTrainedModel, # vision tower
@@ -347,8 +357,10 @@ def assemble_llava(
     with torch.no_grad(): tokens = tower(weight.new_zeros(1, 3, size, size), output_hidden_states=True).hidden_states[-1]
     n = tokens.shape[1]; cls = not own and math.isqrt(n)**2 == n - 1 # a square of patches and one token more
     if own: tower.config.hidden_size = tokens.shape[2]
-    config = LlavaConfig(vision_config=tower.config, text_config=words, image_token_index=tokenizer.convert_tokens_to_ids(IMAGE), image_seq_length=n-cls,
-        vision_feature_layer=-1 if own else layer, vision_feature_select_strategy='default' if cls else 'full', tie_word_embeddings=words.tie_word_embeddings)
+    config = LlavaConfig(vision_config=tower.config, text_config=words, image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+                         image_seq_length=n-cls,
+        vision_feature_layer=-1 if own else layer, vision_feature_select_strategy='default' if cls else 'full',
+        tie_word_embeddings=words.tie_word_embeddings)
     with torch.device('meta'): llava = LlavaForConditionalGeneration(config)
     projector = type(llava.model.multi_modal_projector)(config).to(weight)
     llava.model.vision_tower, llava.model.multi_modal_projector, llava.model.language_model, llava.lm_head = tower, projector, body, head
@@ -403,7 +415,8 @@ def load_trained(self: RationaleGenerator,
         found = set_peft_model_state_dict(self.llava, load_file(adapter/'adapter_model.safetensors')) # which is not strict
         trained = {n for n, p in self.llava.named_parameters() if p.requires_grad}
         if odd := [*found.unexpected_keys, *sorted(trained & set(found.missing_keys))]:
-            raise OSError(f"{adapter}: does not fit the base {self.base or 'model'} ({len(odd)} weights are in one of the two alone, {odd[0]} for one): name the base that it was trained on")
+            raise OSError(f"{adapter}: does not fit the base {self.base or 'model'} ({len(odd)} weights are in one of the two alone, "
+                          f"{odd[0]} for one): name the base that it was trained on")
     self.w_i.load_state_dict(load_file(Path(folder)/'w_i.safetensors'))
     return self
 
@@ -462,10 +475,12 @@ def memory_estimate(
         for c, n, per_h, per_m, more in ((config.text_config, tokens, 20 if each == 2 else 14, 3, 4*rank), (config.vision_config, seen+1, 6, 2, 0)):
             h, depth = c.hidden_size, getattr(c, 'num_hidden_layers', 1); one = per_h*h + per_m*getattr(c, 'intermediate_size', 4*h) + more
             acts += (passes if c is config.text_config else 1)*batch_size*n*each*(depth*h + one if generator.checkpointing else depth*one)
-        if half and base.itemsize == 4 and not generator.checkpointing: acts += sum(p.numel()*2 for p in generator.parameters() if p.ndim > 1)
+        if half and base.itemsize == 4 and not generator.checkpointing:
+            acts += sum(p.numel()*2 for p in generator.parameters() if p.ndim > 1)
         logits = batch_size*text_tokens*config.text_config.vocab_size*(each + 2*4) # as computed, in float32, and its gradient
         c = config.text_config; heads = getattr(c, 'num_key_value_heads', None) or c.num_attention_heads
-        cache = generated*tokens*each*2*c.num_hidden_layers*heads*(getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads) # keys and values
+        # keys and values
+        cache = generated*tokens*each*2*c.num_hidden_layers*heads*(getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads)
     parts = dict(weights=size(params), gradients=trained, optimiser=2*trained, activations=acts, logits=logits, cache=cache)
     return {k: v/1e9 for k, v in dict(parts, total=(1 + margin)*(size(params) + 3*trained + max(acts + logits, cache))).items()}
 
@@ -476,8 +491,10 @@ def memory_advice(
 ) -> str|None: # one line; None if it fits
     "What to do where a step does not fit."
     if needed['total'] <= available: return None
-    step = needed['activations'] + needed['logits']; moving = max(step, needed['cache']); still = sum(needed[k] for k in ('weights', 'gradients', 'optimiser'))
+    step = needed['activations'] + needed['logits']; moving = max(step, needed['cache'])
+    still = sum(needed[k] for k in ('weights', 'gradients', 'optimiser'))
     fixed = needed['total']*still/(still + moving) # what no smaller batch would save
     do = 'a base in bfloat16, a smaller language model, or several GPUs with the base sharded over them (nbs/params/accelerate_fsdp.yaml)'
-    if fixed < available: do = 'a smaller eval_batch' if step < moving else 'gradient checkpointing, or '*(not checkpointing) + 'a smaller batch_size with a larger accumulate'
+    if fixed < available:
+        do = 'a smaller eval_batch' if step < moving else 'gradient checkpointing, or '*(not checkpointing) + 'a smaller batch_size with a larger accumulate'
     return f"needs about {needed['total']:.0f} GB, this device has {available:.0f}: use {do}"

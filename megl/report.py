@@ -45,11 +45,14 @@ METRICS = {
     'visual_explanations': Metric('Visual explanations', 0), 'classes': Metric('Classes', 0),
     'accuracy': Metric('Accuracy', 3, 1), 'precision': Metric('Precision', 3, 1), 'recall': Metric('Recall', 3, 1),
     'f1': Metric('F1', 3, 1), 'miou': Metric('mIoU', 3, 1), 'dead': Metric('Dead maps', 0, -1),
-    'pointing': Metric('Pointing game', 3, 1), 'energy': Metric('Energy inside'), 'area': Metric('Area share'), 'defined': Metric('Defined maps', 0, 1),
+    'pointing': Metric('Pointing game', 3, 1), 'energy': Metric('Energy inside'), 'area': Metric('Area share'),
+    'defined': Metric('Defined maps', 0, 1),
     'energy_gain': Metric('Energy − area'), 'pixel_precision': Metric('Pixel precision', 3, 1), 'pixel_recall': Metric('Pixel recall', 3, 1),
     'insertion': Metric('Insertion'), 'deletion': Metric('Deletion'), 'rank_correlation': Metric('Rank correlation'), 'ssim': Metric('SSIM'),
-    'miou_own': Metric('mIoU (own threshold)', 3, 1), 'names_predicted': Metric('Names the predicted class', 3, 1), 'names_true': Metric('Names the true class', 3, 1),
-    'insertion_gain': Metric('Insertion − random', 3, 1), 'deletion_gain': Metric('Random − deletion', 3, 1), 'parsed_accuracy': Metric('Accuracy (free text)', 3, 1),
+    'miou_own': Metric('mIoU (own threshold)', 3, 1), 'names_predicted': Metric('Names the predicted class', 3, 1),
+    'names_true': Metric('Names the true class', 3, 1),
+    'insertion_gain': Metric('Insertion − random', 3, 1), 'deletion_gain': Metric('Random − deletion', 3, 1),
+    'parsed_accuracy': Metric('Accuracy (free text)', 3, 1),
     'clipscore': Metric('CLIPScore', 3, 1), **{f'bleu{k}': Metric(f'BLEU-{k}', 3, 1) for k in (1, 2, 3, 4)},
     'meteor': Metric('METEOR', 3, 1), 'rouge_l': Metric('ROUGE-L', 3, 1), 'spice': Metric('SPICE', 3, 1),
     'cider': Metric('CIDEr', 3, 1), 'filtered_n': Metric('Correct', 0),
@@ -64,7 +67,8 @@ for k in TEXTUAL:
 METRICS |= {f'miou@{t:g}': Metric(f'mIoU at {t:g}', 3, 1) for t in np.arange(1, 10)/10}
 
 METHOD_NAMES = {
-    'llava': 'LLaVA', 'finetune-cot': 'Fine-tune-CoT', 'finetune-cot-class-first': 'Fine-tune-CoT, class first', 'plain': 'plain', 'cdep': 'CDEP (adapted)', 'haics': 'HAICS',
+    'llava': 'LLaVA', 'finetune-cot': 'Fine-tune-CoT', 'finetune-cot-class-first': 'Fine-tune-CoT, class first', 'plain': 'plain',
+    'cdep': 'CDEP (adapted)', 'haics': 'HAICS',
     'res-g': 'RES-G', 'res-l': 'RES-L', 'text': 'Text', 'visual': 'Visual', 'visual+text': 'Visual+Text',
     'megl': 'MEGL'}
 BACKBONE_NAMES = {'llava': 'LLaVA', 'resnet18': 'ResNet18', 'vit_b_16': 'ViT-B/16',
@@ -185,13 +189,16 @@ def crossed_bootstrap(
     S, N = differences.shape
     return np.concatenate([((of_seeds/max(1, S-1) @ differences)*(of_images/N)).sum(1) for of_seeds, of_images in _draws(S, N, resamples, seed)])
 
-def _seeds_variance(seeds, n): # of the seeds' differences; at least the rounding of two means over n images, so that seeds which happen to agree prove nothing
+def _seeds_variance(seeds, n):
+    # of the seeds' differences; at least the rounding of two means over n images, so that seeds which happen to agree prove nothing
     return max(np.var(seeds, ddof=1), 1/(6*n**2))
 
-def _student(seeds, draws, confidence, n): # low and high of the mean of the seeds' differences, from bootstrap draws of it, and p of 0; n images
+def _student(seeds, draws, confidence, n):
+    # low and high of the mean of the seeds' differences, from bootstrap draws of it, and p of 0; n images
     S, v = len(seeds), draws.var()
     share = min(v, _seeds_variance(seeds, n)/S) if S > 1 else 0. # the seeds' part of the variance
-    chance = stats.t((S - 1)*(v/share)**2) if share > 0 else stats.norm; mean = float(seeds.mean()); half = float(v**.5*chance.ppf((1 + confidence)/2))
+    chance = stats.t((S - 1)*(v/share)**2) if share > 0 else stats.norm; mean = float(seeds.mean())
+    half = float(v**.5*chance.ppf((1 + confidence)/2))
     return mean - half, mean + half, float(2*chance.sf(abs(mean)/v**.5)) if v > 0 else float(mean == 0)
 
 # %% ../nbs/12_report.ipynb #deb27fea
@@ -258,7 +265,8 @@ def bootstrap_test(
 ) -> BootstrapTest: # difference, interval, p-values
     "Compare two methods by a score of a whole set over the same seeds and images; raises `ValueError` where they do not pair."
     a, b = (np.asarray(x, dtype=float) for x in (a, b))
-    if a.shape != b.shape or a.ndim != 3 or not a.size: raise ValueError(f'sums must pair as (seeds, images, K), got {a.shape} and {b.shape}')
+    if a.shape != b.shape or a.ndim != 3 or not a.size:
+        raise ValueError(f'sums must pair as (seeds, images, K), got {a.shape} and {b.shape}')
     (S, N, _), rng = a.shape, np.random.default_rng(seed)
     seeds, drawn = score(a.sum(1)) - score(b.sum(1)), []
     for size in _chunks(resamples):
@@ -448,7 +456,8 @@ def to_latex(
 def _file_name(name):
     if not re.fullmatch(r'[\w-]+', name): raise ValueError(f'use a name of letters, digits, - and _, not {name!r}')
 
-_HEADS = dict(p='p (larger of images, seeds)', p_images='p, images', p_bootstrap='p, bootstrap', p_t='p, seeds (t)', p_holm='p, Holm', p_seeds='p, seeds (sign flips)', p_min='smallest such p', effect="Cohen's d_z",
+_HEADS = dict(p='p (larger of images, seeds)', p_images='p, images', p_bootstrap='p, bootstrap', p_t='p, seeds (t)', p_holm='p, Holm',
+              p_seeds='p, seeds (sign flips)', p_min='smallest such p', effect="Cohen's d_z",
               low='95 % from', high='95 % to', p_claim='p, Holm in the claim') # of columns whose key says too little
 
 def readable(
@@ -638,7 +647,8 @@ def _panels(item, annotated, chars, max_lines): # one sample's panels, left to r
     for c in item['columns']:
         right = c['predicted'] == item['label']; m = c.get('map')
         dead = [] if m is None or float(torch.as_tensor(m).max()) > 0 else ['(map without a positive cell)']
-        head, colour = (c['predicted'], 'black') if item['label'] is None else (f"{'✓' if right else '✗'} {c['predicted']}", RIGHT if right else WRONG)
+        head, colour = (c['predicted'], 'black') if item['label'] is None else (f"{'✓' if right else '✗'} {c['predicted']}",
+            RIGHT if right else WRONG)
         yield _Panel(c['title'], m, cut(head), colour, dead + wrap(c.get('rationale')))
 
 # %% ../nbs/12_report.ipynb #03be179e
@@ -696,7 +706,8 @@ def plot_methods(
     return fig
 
 # %% ../nbs/12_report.ipynb #e4da4e8b
-def _name_ends(ax, ends, gap=.09): # methods' names right of the axes, `gap` of its height apart, each tied to its line's end at (height, method)
+def _name_ends(ax, ends, gap=.09):
+    # methods' names right of the axes, `gap` of its height apart, each tied to its line's end at (height, method)
     (low, high), ends = ax.get_ylim(), sorted(ends); at = [(y - low)/(high - low) for y, _ in ends]
     for i in range(1, len(at)): at[i] = max(at[i], at[i - 1] + gap)
     for i, (_, m) in enumerate(ends):
@@ -760,7 +771,8 @@ def plot_levels(
                 for ax, b in zip(line, backbones)]
         line[0].margins(y=.08) # of what all panels hold
         seeds = rows.seed.nunique()
-        line[0].set_ylabel(', '.join(filter(None, [display_name('metric', metric), *rows.split.unique(), f"{seeds} seed{'s'*(seeds > 1)}"*(seeds > 0)])))
+        line[0].set_ylabel(', '.join(filter(None, [display_name('metric', metric), *rows.split.unique(),
+                                                   f"{seeds} seed{'s'*(seeds > 1)}"*(seeds > 0)])))
         for ax, e in zip(line, ends):
             _name_ends(ax, e)
             if chance is None or metric != 'accuracy' or chance < ax.get_ylim()[0]: continue

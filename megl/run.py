@@ -64,7 +64,7 @@ class Preset:
     pretrain: PretrainConfig|None = None # of the small LLaVA and the small classifiers
     base: str|dict = '' # a LLaVA checkpoint: hub id or folder; or its `vision` and `llm` (see `RationaleGenerator.from_parts`)
     generator: tuple = () # further arguments of `RationaleGenerator.from_pretrained`, as pairs
-    weights: str = '' # of the classifiers: torchvision's by name; 'captions': pre-trained here (see `pretrain_classifier`); '' trains from scratch
+    weights: str = '' # of the classifiers: torchvision's by name; 'captions': see `pretrain_classifier`; '' trains from scratch
     backbones: tuple = ('resnet_tiny', 'vit_tiny')
     lora: tuple = (('r', 8), ('lora_alpha', 16), ('lora_dropout', 0.)) # of `lora_config`, as pairs
     limit: tuple = () # samples per split at most, as pairs; () is all
@@ -94,17 +94,22 @@ TUNED = { # by 41_tuning
     ('vit_tiny', 'megl'): dict(lr=0.00025, lambda_v=1, lambda_t=3),
 }
 PRESETS = {p.name: p for p in (
-    Preset('smoke', TrainConfig(epochs=1, batch_size=16, lr=1e-3, lr_generator=1e-3), PretrainConfig(tower_steps=4, steps=4, classifier_steps=4, batch_size=16), weights='captions',
+    Preset('smoke', TrainConfig(epochs=1, batch_size=16, lr=1e-3, lr_generator=1e-3),
+           PretrainConfig(tower_steps=4, steps=4, classifier_steps=4, batch_size=16), weights='captions',
            limit=(('train', 48), ('val', 16), ('test', 16), ('pretrain', 48))),
     Preset('demo', TrainConfig(epochs=5, lr=2e-3, lr_generator=1e-3), PretrainConfig(), weights='captions', tuned=TUNED),
-    Preset('photos', TrainConfig(epochs=12, batch_size=4, lr=2e-4, lr_generator=1e-3, freeze_batchnorm=True), base=dict(vision='openai/clip-vit-base-patch32', llm='HuggingFaceTB/SmolLM2-135M-Instruct'),
+    Preset('photos', TrainConfig(epochs=12, batch_size=4, lr=2e-4, lr_generator=1e-3, freeze_batchnorm=True),
+           base=dict(vision='openai/clip-vit-base-patch32', llm='HuggingFaceTB/SmolLM2-135M-Instruct'),
            weights='IMAGENET1K_V1', backbones=('resnet18',), lora=(('r', 16), ('lora_alpha', 32), ('lora_dropout', .05))),
-    Preset('paper', TrainConfig(epochs=10, batch_size=8, accumulate=4, lr=1e-4, lr_generator=5e-5, precision='bf16', workers=4, eval_batch=8), base='llava-hf/llava-1.5-7b-hf', weights='IMAGENET1K_V1',
-           backbones=('resnet18', 'vit_b_16'), image_size=336, lora=(('r', 32), ('lora_alpha', 64), ('lora_dropout', .05)), generator=(('dtype', 'bfloat16'), ('checkpointing', True))),
+    Preset('paper', TrainConfig(epochs=10, batch_size=8, accumulate=4, lr=1e-4, lr_generator=5e-5, precision='bf16', workers=4, eval_batch=8),
+           base='llava-hf/llava-1.5-7b-hf', weights='IMAGENET1K_V1',
+           backbones=('resnet18', 'vit_b_16'), image_size=336, lora=(('r', 32), ('lora_alpha', 64), ('lora_dropout', .05)),
+           generator=(('dtype', 'bfloat16'), ('checkpointing', True))),
 )}
 
 # %% ../nbs/13_run.ipynb #60aed331
-CODE = ('core', 'data', 'classifiers', 'saliency', 'losses', 'rationale', 'model', 'train') # what a run's numbers depend on; an MLLM's also on `mllm`
+# what a run's numbers depend on; an MLLM's also on `mllm`
+CODE = ('core', 'data', 'classifiers', 'saliency', 'losses', 'rationale', 'model', 'train')
 _CODE = {mllm: code_hash(CODE + ('mllm',)*mllm) for mllm in (False, True)} # as it is imported, whatever becomes of the files
 
 _hashes = {} # (file, size, when it was changed, whole) → hash
@@ -112,8 +117,8 @@ _hashes = {} # (file, size, when it was changed, whole) → hash
 def _hash(file, whole=True): # a file's, once for every state of it; else of a large one 64 pieces
     size, changed = file.stat().st_size, file.stat().st_mtime_ns
     if (key := (str(file), size, changed, whole)) not in _hashes:
-        small = whole or size < 2**24
-        _hashes[key] = sha256(file) if small else hashlib.sha256(np.memmap(file, mode='r')[:size//64*64].reshape(64, -1)[:, :2**16].tobytes()).hexdigest()
+        pieces = lambda: np.memmap(file, mode='r')[:size//64*64].reshape(64, -1)[:, :2**16]
+        _hashes[key] = sha256(file) if whole or size < 2**24 else hashlib.sha256(pieces().tobytes()).hexdigest()
     return _hashes[key]
 
 def _content(where): # what tells one state of local weights from another; a name as it is
@@ -123,18 +128,24 @@ def _content(where): # what tells one state of local weights from another; a nam
     return where
 
 def _own_parts(backbone, base): # one's own that a run is made with: how each is registered, its name, its factory
-    rationale, tower = sys.modules.get('megl.rationale'), base.get('vision') if isinstance(base, dict) else None # imported, if a tower was registered
+    # imported, if a tower was registered
+    rationale, tower = sys.modules.get('megl.rationale'), base.get('vision') if isinstance(base, dict) else None
     parts = [(register_classifier, backbone, CLASSIFIERS[backbone])] if backbone in CLASSIFIERS and backbone not in _BUILTIN else []
     return parts + ([(rationale.register_tower, tower, rationale.TOWERS[tower])] if rationale and tower in rationale.TOWERS else [])
 
-def _functions(f): return [inspect.unwrap(m) for m in (vars(f).values() if inspect.isclass(f) else [f]) if inspect.isfunction(m)] # those of a class, or itself
+def _functions(f):
+    # those of a class, or itself
+    return [inspect.unwrap(m) for m in (vars(f).values() if inspect.isclass(f) else [f]) if inspect.isfunction(m)]
 
-def _text(f): # of a function or a class. Of a notebook's class inspect finds none, but its functions know their cell; else name and plain values
+def _text(f):
+    # of a function or a class. Of a notebook's class inspect finds none, but its functions know their cell; else name and plain values
     try: return inspect.getsource(f)
-    except (OSError, TypeError): cells = [(m.__code__.co_firstlineno, ''.join(linecache.getlines(m.__code__.co_filename))) for m in _functions(f)]
+    except (OSError, TypeError):
+        cells = [(m.__code__.co_firstlineno, ''.join(linecache.getlines(m.__code__.co_filename))) for m in _functions(f)]
     holds = lambda n, line: isinstance(n, ast.ClassDef) and n.name == f.__name__ and n.lineno <= line <= n.end_lineno
     plain = [(k, v) for k, v in getattr(f, '__dict__', {}).items() if isinstance(v, (int, float, str, tuple)) and not k.startswith('__')]
-    return next((ast.get_source_segment(c, n) for line, c in cells for n in ast.walk(ast.parse(c)) if holds(n, line)), f'{f.__module__}.{f.__qualname__} {plain}')
+    return next((ast.get_source_segment(c, n) for line, c in cells for n in ast.walk(ast.parse(c)) if holds(n, line)),
+                f'{f.__module__}.{f.__qualname__} {plain}')
 
 def _inside(code): # names that code looks up in its module, and the code of comprehensions and functions within it
     names = {i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
@@ -148,7 +159,8 @@ def _unwrapped(factory): # the function or class that is called, and what a part
 
 def _plain(v): return isinstance(v, (str, int, float)) or isinstance(v, (tuple, list)) and all(map(_plain, v)) # a value that is its text
 
-def _own_code(factory): # hash of the text of what a factory leads to in its module, and of the plain values that this names or that it is called with
+def _own_code(factory):
+    # hash of the text of what a factory leads to in its module, and of the plain values that this names or that it is called with
     factory, brought = _unwrapped(factory); values = [v for b in brought for v in (b if isinstance(b, tuple) else (b,))]
     code = lambda v: (inspect.isfunction(v) or inspect.isclass(v)) and v.__module__ == factory.__module__
     found, todo = {}, [factory, *filter(code, values)]
@@ -161,7 +173,8 @@ def _own_code(factory): # hash of the text of what a factory leads to in its mod
     plain = [v if _plain(v) or isinstance(v, (dict, type(None))) else type(v).__name__ for v in values]
     return stable_hash(sorted(found.values()) + ([plain] if plain else []))
 
-_LATER = 'processes', 'image_size', 'parts', 'freeze_batchnorm' # fields that are younger than published runs: at their default they say nothing, so that those runs keep their names
+# fields that are younger than published runs: at their default they say nothing, so that those runs keep their names
+_LATER = 'processes', 'image_size', 'parts', 'freeze_batchnorm'
 
 def _processes(): return int(os.environ.get('WORLD_SIZE', 1)) # that train together, as their launcher says
 
@@ -192,7 +205,9 @@ class Run:
         told = lambda of: {f.name: getattr(of, f.name) for f in fields(of) if f.name not in _LATER or getattr(of, f.name) != f.default}
         base = {k: _content(v) for k, v in self.base.items()} if isinstance(self.base, dict) else _content(self.base)
         asked = {k: v for k, v in told(self).items() if k not in ('dataset', *but)}
-        return stable_hash(asked | dict(seed=self.seed, llava=(), base=base, weights=_content(self.weights), train=told(replace(self.train, workers=0)))) # no number depends on workers
+        # no number depends on workers
+        return stable_hash(asked | dict(seed=self.seed, llava=(), base=base, weights=_content(self.weights),
+                                        train=told(replace(self.train, workers=0))))
     @property
     def seed(self): return self.train.seed
     @property
@@ -212,15 +227,19 @@ def make_run(
     **overrides # of TrainConfig: for instance lambda_v=.3; the weight of a term that the method does not have is 0 all the same
 ) -> Run:
     "Resolve names and preset into a run. Raises `ValueError` listing the valid names."
-    for k in overrides: choose('setting', k, [f.name for f in fields(TrainConfig) if f.name not in ('seed', 'visual')]) # these two are the run's and the method's
+    # these two are the run's and the method's
+    for k in overrides: choose('setting', k, [f.name for f in fields(TrainConfig) if f.name not in ('seed', 'visual')])
     on = METHODS[choose('method', method, METHODS)]; choose('backbone', backbone, backbones_of(method, CLASSIFIERS))
-    p = PRESETS[choose('preset', preset, PRESETS)]; chosen = {**p.tuned.get((backbone, method.removesuffix('-class-first')), {}), **overrides}
+    p = PRESETS[choose('preset', preset, PRESETS)]
+    chosen = {**p.tuned.get((backbone, method.removesuffix('-class-first')), {}), **overrides}
     terms = dict(lambda_t=float(chosen.pop('lambda_t', 1.)*on.text), lambda_v=float(chosen.pop('lambda_v', 1.)*bool(on.visual)))
     dc = chosen.pop('lambda_dc', None) if on.consistency else chosen.pop('lambda_dc', 0.)*0.
-    train = replace(p.train, seed=seed, visual=on.visual or 'l1', lambda_dc=dc if dc is None else float(dc), **terms, **(dict(epochs=epochs) if epochs else {}) | chosen)
+    train = replace(p.train, seed=seed, visual=on.visual or 'l1', lambda_dc=dc if dc is None else float(dc), **terms,
+                    **(dict(epochs=epochs) if epochs else {}) | chosen)
     if not train.lambda_t: train = replace(train, lr_generator=0.) # there is none
     weights, base = '' if on.mllm else _weights(weights, backbone, p.weights), _base(base) if base else p.base
-    if weights == 'captions' and not p.pretrain: raise ValueError(f"weights 'captions': preset {preset} has no pre-training: name torchvision's weights, or a file")
+    if weights == 'captions' and not p.pretrain:
+        raise ValueError(f"weights 'captions': preset {preset} has no pre-training: name torchvision's weights, or a file")
     base, generator, lora = (base, p.generator, p.lora) if train.lambda_t else ('', (), ())
     made = p.pretrain if weights == 'captions' or train.lambda_t and not base else None
     return Run(str(dataset), backbone, method, preset, train, p.limit, made, base, generator, weights, lora,
@@ -235,9 +254,11 @@ def local_path(
 
 def _weights(text, backbone, usual): # of one backbone
     named = dict(t.strip().partition('=')[::2] for t in text.split(',')) if '=' in text and not Path(text).exists() else {backbone: text}
-    if '=' in text and (bare := [b for b, f in named.items() if not f]): raise ValueError(f'weights {text!r}: {bare[0]!r} names no backbone: give BACKBONE=FILE for each, with commas between')
+    if '=' in text and (bare := [b for b, f in named.items() if not f]):
+        raise ValueError(f'weights {text!r}: {bare[0]!r} names no backbone: give BACKBONE=FILE for each, with commas between')
     for b in named: choose('backbone', b, CLASSIFIERS)
-    small, own = backbone in ('resnet_tiny', 'vit_tiny'), backbone not in _BUILTIN # pre-training here is for the small ones; one's own brings its weights itself
+    # pre-training here is for the small ones; one's own brings its weights itself
+    small, own = backbone in ('resnet_tiny', 'vit_tiny'), backbone not in _BUILTIN
     usual = '' if own or usual == 'captions' and not small else usual
     found = local_path(named.get(backbone) or usual)
     if not Path(found).is_file() and (os.sep in found or Path(found).suffix in WEIGHT_FILES):
@@ -263,10 +284,13 @@ def _open(dataset): # load_dataset, which reads and checks every line, once for 
 def _split(run, split): # as far as the preset's limit goes
     ds = _open(run.dataset); n = dict(run.limit).get(split); ds = ds.subset([i for i, r in enumerate(ds.records) if r['split'] == split])
     if _fingerprint(ds) != run.fingerprint: raise ValueError(f'{ds.root}: the data changed after this run was defined: start again')
-    if not len(ds): raise ValueError(f'{ds.root}: no {split} samples: a run needs train, val and test; `megl data check` says what a dataset lacks')
+    if not len(ds):
+        raise ValueError(f'{ds.root}: no {split} samples: a run needs train, val and test; `megl data check` says what a dataset lacks')
     return ds if n is None or n >= len(ds) else ds.subset(range(n))
 
-def _texts(run): return [t for r in _split(run, 'train').records for t in r['rationales']] # worlds that differ in maps or contexts alone share them, and so their LLaVA
+def _texts(run):
+    # worlds that differ in maps or contexts alone share them, and so their LLaVA
+    return [t for r in _split(run, 'train').records for t in r['rationales']]
 
 def _scenes(run): # to pre-train on, and what they are known by
     scenes = _split(run, 'pretrain' if any(r['split'] == 'pretrain' for r in _open(run.dataset).records) else 'train')
@@ -275,9 +299,11 @@ def _scenes(run): # to pre-train on, and what they are known by
 def _telling(run): # scenes whose texts can be learnt from
     scenes, _ = _scenes(run)
     if bags_of_words([' '.join(r['rationales']) for r in scenes.records])[0]: return scenes
-    raise ValueError(f"{run}: the texts tell no picture from another, so nothing can be pre-trained on them: give weights 'none' or a file, and a LLaVA as base")
+    raise ValueError(f"{run}: the texts tell no picture from another, so nothing can be pre-trained on them: give weights 'none' or a file, "
+                     "and a LLaVA as base")
 
-def base_classifier(run: Run, out: Path|str, device='auto') -> Path|str: # a state dict's path, or the name that the preset gives; '' for none
+def base_classifier(run: Run, out: Path|str, device='auto') -> Path|str:
+    # a state dict's path, or the name that the preset gives; '' for none
     "The weights that a run's classifier starts from. Those of a small one are pre-trained once for all runs that need the same."
     if run.weights != 'captions': return run.weights
     file = Path(out).resolve()/'runs'/f'base-{_classifier_key(run)}.pt'; file.parent.mkdir(parents=True, exist_ok=True)
@@ -286,9 +312,11 @@ def base_classifier(run: Run, out: Path|str, device='auto') -> Path|str: # a sta
             pretrain_classifier(run.backbone, _telling(run), run.pretrain, file, device, progress=False)
     return file
 
-def _classifier_key(run): return stable_hash([run.backbone, run.pretrain, run.device, _scenes(run)[1], code_hash(('core', 'data', 'classifiers', 'train')), *run.parts])
+def _classifier_key(run):
+    return stable_hash([run.backbone, run.pretrain, run.device, _scenes(run)[1], code_hash(('core', 'data', 'classifiers', 'train')), *run.parts])
 
-def _llava_key(run): return stable_hash([run.pretrain, run.device, _scenes(run)[1], _texts(run), code_hash(('core', 'data', 'rationale', 'train'))])
+def _llava_key(run):
+    return stable_hash([run.pretrain, run.device, _scenes(run)[1], _texts(run), code_hash(('core', 'data', 'rationale', 'train'))])
 
 def base_llava(run: Run, out: Path|str, device='auto') -> Path|str: # the checkpoint's folder, or the id that the preset names
     "The LLaVA that a run adapts. The small one is pre-trained once for all runs that need the same."
@@ -331,10 +359,12 @@ def build_model(run: Run, out: Path, classes: list, device='auto'):
         if not base: return None
         from megl.rationale import RationaleGenerator, lora_config
         more = dict(run.generator); more |= dict(dtype=getattr(torch, more['dtype'])) if 'dtype' in more else {}
-        return RationaleGenerator.from_pretrained(base, 1 if mode else classifier.head.in_features, weights=weights, lora=lora_config(**dict(run.lora)), **more)
+        return RationaleGenerator.from_pretrained(base, 1 if mode else classifier.head.in_features, weights=weights,
+                                                  lora=lora_config(**dict(run.lora)), **more)
     if where.type == 'cuda': # before gigabytes are read
         _must_compute(run, torch.cuda.is_bf16_supported(including_emulation=False))
-        with torch.random.fork_rng(devices=[]): _must_fit(run, generator(weights=False), classifier, torch.cuda.get_device_properties(where).total_memory/1e9)
+        with torch.random.fork_rng(devices=[]):
+            _must_fit(run, generator(weights=False), classifier, torch.cuda.get_device_properties(where).total_memory/1e9)
     generator = generator()
     if mode:
         from megl.mllm import MLLM
@@ -353,11 +383,13 @@ def write_predictions(
     seen = none if p['map'].isna().all() else [np.round(np.asarray(m)*255).astype('uint8').tobytes() for m in p['map']]
     small = lambda k: pa.array(p[k], pa.int16())
     table = pa.table(dict(id=pa.array(p.id, pa.string()), label=small('label'), predicted=small('predicted'),
-        probabilities=pa.array([np.round(np.asarray(x, float), 3).astype('float16') for x in p.probabilities], pa.list_(pa.float16())), map=pa.array(seen, pa.binary()),
+        probabilities=pa.array([np.round(np.asarray(x, float), 3).astype('float16') for x in p.probabilities], pa.list_(pa.float16())),
+        map=pa.array(seen, pa.binary()),
         height=small('height'), width=small('width'), alive=pa.array(p.alive, pa.bool_()),
         rationale=pa.array(p.rationale, pa.string()), answer=pa.array(p.answer, pa.string())))
     path.parent.mkdir(parents=True, exist_ok=True); buffer = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata(about), buffer, compression='zstd', compression_level=22, use_dictionary=False, write_statistics=False)
+    pq.write_table(table.replace_schema_metadata(about), buffer, compression='zstd', compression_level=22, use_dictionary=False,
+                   write_statistics=False)
     return write_atomic(path, buffer.getvalue().to_pybytes())
 
 def prediction_attrs(
@@ -390,8 +422,10 @@ def predictions_file(
 ) -> Path: # the parquet file
     "Where the predictions of a finished run are; `FileNotFoundError` if it is not finished."
     folder, kept = run_folder(run, out), stored_predictions(run, out)
-    if stored and not kept.exists(): raise FileNotFoundError(f'{kept}: no stored predictions of "{run}": train it by leaving out --from-predictions')
-    if not (stored or unfinished or (folder/'run.json').exists()): raise FileNotFoundError(f'{folder}: run "{run}" is not finished: execute it first')
+    if stored and not kept.exists():
+        raise FileNotFoundError(f'{kept}: no stored predictions of "{run}": train it by leaving out --from-predictions')
+    if not (stored or unfinished or (folder/'run.json').exists()):
+        raise FileNotFoundError(f'{folder}: run "{run}" is not finished: execute it first')
     return kept if stored else folder/'predictions.parquet'
 
 def load_predictions(run: Run, out: Path|str, stored: bool = False) -> pd.DataFrame: # of `read_predictions`
@@ -423,7 +457,8 @@ def metrics_of(
     file = predictions_file(run, out, stored, unfinished); path = _metrics_file(run, out, file)
     if path.exists(): return json.loads(path.read_text())
     test, p = _split(run, 'test'), read_predictions(file)
-    if list(p.id) != [r['id'] for r in test.records]: raise ValueError(f'{run}: predictions are not of this test split: run again with force')
+    if list(p.id) != [r['id'] for r in test.records]:
+        raise ValueError(f'{run}: predictions are not of this test split: run again with force')
     found = _sized(classification_metrics(p.label, p.predicted, len(test.classes)), len(p))
     if maps_of(p) and (seen := visual_metrics(maps_of(p), test.annotations()))['n']:
         found |= _sized({k: v for k, v in seen.items() if k != 'n'} | {f'miou@{t:g}': v for t, v in seen['curve'].items()}, seen['n'])
@@ -431,7 +466,8 @@ def metrics_of(
     if p.rationale.notna().all():
         found |= _sized({f'names_{k}': _named(p.rationale, test.classes, p[c]) for k, c in (('predicted', 'predicted'), ('true', 'label'))}, len(p))
         images = None if 'clipscore' in missing_scores() else _Pictures(test)
-        said = text_metrics(list(p.rationale), [r['rationales'] for r in test.records], correct=(p.label == p.predicted).tolist(), per_sample=True, images=images, device=run.device)
+        said = text_metrics(list(p.rationale), [r['rationales'] for r in test.records], correct=(p.label == p.predicted).tolist(),
+                            per_sample=True, images=images, device=run.device)
         each = io.BytesIO(); np.savez_compressed(each, **said.pop('per_sample')); write_atomic(path.with_suffix('.npz'), each.getvalue())
         few = {k: v for k, v in said.items() if k.startswith('filtered_') and not k.startswith('filtered_x')}
         found |= _sized({k: v for k, v in said.items() if k != 'n' and k not in few}, len(p)) | _sized(few, said['filtered_n'])
@@ -442,7 +478,8 @@ def metrics_of(
 
 # %% ../nbs/13_run.ipynb #f64c1af5
 def _own_gpu(device): # of several processes that train together, each takes its own
-    if device in ('auto', 'cuda') and torch.cuda.is_available() and 'LOCAL_RANK' in os.environ: torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    if device in ('auto', 'cuda') and torch.cuda.is_available() and 'LOCAL_RANK' in os.environ:
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
 
 def _alone(folder, run): # one at a time; the processes of a second launch would wait for each other
     lock = FileLock(folder/'lock', timeout=0 if _processes() > 1 else -1)
@@ -452,8 +489,10 @@ def _alone(folder, run): # one at a time; the processes of a second launch would
 def _must_be_here(run, device): # raise a ValueError where this is another place than its identity says
     if run.code != (here := _CODE[bool(METHODS[run.method].mllm)]):
         raise ValueError(f'{run}: defined by other code of megl ({run.code}, here {here}): start Python again, and all workers, and define it anew')
-    if run.processes != _processes(): raise ValueError(f'{run}: defined where {run.processes} train together, here {_processes()} do: call make_run in the processes that train')
-    if run.device != (here := get_device(device).type): raise ValueError(f'{run}: defined for {run.device}, here it would train on {here}: give make_run the device of the machine that trains')
+    if run.processes != _processes():
+        raise ValueError(f'{run}: defined where {run.processes} train together, here {_processes()} do: call make_run in the processes that train')
+    if run.device != (here := get_device(device).type):
+        raise ValueError(f'{run}: defined for {run.device}, here it would train on {here}: give make_run the device of the machine that trains')
 
 def execute(
     run: Run,
@@ -462,7 +501,8 @@ def execute(
     force: bool = False, # train again even if finished
 ) -> str: # one line about what was done
     "Train, predict on the test split, and store. A finished run is left alone; an unfinished one is continued."
-    device = device or run.device; _own_gpu(device); out = Path(out); folder = run_folder(run, out); folder.mkdir(parents=True, exist_ok=True)
+    device = device or run.device; _own_gpu(device); out = Path(out); folder = run_folder(run, out)
+    folder.mkdir(parents=True, exist_ok=True)
     first = int(os.environ.get('RANK', 0)) == 0 # of the processes that train this run together
     last, kept = folder/'last.pt', folder/'predictions.parquet'
     def finished():
@@ -477,13 +517,15 @@ def execute(
             for p in folder.iterdir():
                 if p.name != 'lock': shutil.rmtree(p) if p.is_dir() else p.unlink()
         began = time.time(); train, val, test = (_split(run, s) for s in ('train', 'val', 'test'))
-        predicted = not force and last.exists() and kept.exists() and kept.stat().st_mtime_ns >= last.stat().st_mtime_ns # by an attempt whose metrics failed
+        # by an attempt whose metrics failed
+        predicted = not force and last.exists() and kept.exists() and kept.stat().st_mtime_ns >= last.stat().st_mtime_ns
         model = build_model(run, out, train.classes, device)
         history = fit(model, train, val, run.train, folder, device, progress=False, quiet=True)
         if not first and _sharded(run) == 1: return f'{run}: trained'
         made = provenance()
         if not predicted:
-            predictions = predict_dataset(model, test, run.train.eval_batch, bool(run.train.lambda_t), run.train.workers) # by all processes where the layers are sharded
+            # by all processes where the layers are sharded
+            predictions = predict_dataset(model, test, run.train.eval_batch, bool(run.train.lambda_t), run.train.workers)
             if first: write_predictions(predictions, kept, run_id=run.id, commit=str(made['commit']))
         if not first: return f'{run}: trained'
         history.to_csv(folder/'history.csv', index=False); found = {}
@@ -491,7 +533,8 @@ def execute(
         finally: # the model is kept whether they can be computed or not
             seconds = time.time() - began
             about = dict(id=run.id, run=asdict(run), seconds=seconds, device=str(get_device(device)), processes=run.processes, **made)
-            card = dict(card={k: v['value'] for k, v in found.items()}, manifest=about, note=f'Measured on the test split of {train.name}: {run}, preset {run.preset}.')
+            card = dict(card={k: v['value'] for k, v in found.items()}, manifest=about, note=f'Measured on the test split of {train.name}: '
+                        f'{run}, preset {run.preset}.')
             model.save_pretrained(folder/'model', **card)
         write_atomic(folder/'run.json', json.dumps(about, indent=1))
         last.unlink(missing_ok=True)
@@ -552,12 +595,14 @@ def result_rows(
 ) -> pd.DataFrame: # tidy
     "The tidy table of some metrics of some runs."
     def why(r, m, found):
-        if m.split('@')[0] in ('miou', *VISUAL_SCORES) and not METHODS[r.method].mllm: return 'every map is dead' if 'miou' in found else 'no test sample has a map'
+        if m.split('@')[0] in ('miou', *VISUAL_SCORES) and not METHODS[r.method].mllm:
+            return 'every map is dead' if 'miou' in found else 'no test sample has a map'
         if m.startswith('filtered_') and 'bleu4' in found: return 'no sample is classified correctly'
         return reason.get(m, 'not defined for this method') if isinstance(reason, dict) else reason
     def row(r, m, found, run_id):
         have = dict(value=found[m]['value'], n=found[m]['n']) if m in found else dict(value=float('nan'), n=0, reason=why(r, m, found))
-        return dict(item=item, dataset=r.dataset, split='test', backbone=r.backbone, method=r.method, seed=r.seed, metric=m, preset=r.preset, run_id=run_id, **have)
+        return dict(item=item, dataset=r.dataset, split='test', backbone=r.backbone, method=r.method, seed=r.seed, metric=m, preset=r.preset,
+                    run_id=run_id, **have)
     from megl.report import tidy # brings plotting along
     known = [(r, metrics_of(r, out, stored), prediction_attrs(predictions_file(r, out, stored))['run_id']) for r in runs]
     return tidy([row(r, m, found, run_id) for r, found, run_id in known for m in metrics])
@@ -624,7 +669,8 @@ class Experiment:
         self.datasets = [d.strip() for d in str(self.dataset).split(',') if d.strip()]
         self.method_list = [choose('method', m.strip(), METHODS) for m in str(self.methods).split(',') if m.strip()]
         if not self.datasets or not self.method_list: raise ValueError('dataset and methods must name at least one each')
-        if not isinstance(self.seeds, int) or self.seeds < 1: raise ValueError(f'seeds is the number of seeds, 1 or more, not {self.seeds!r}')
+        if not isinstance(self.seeds, int) or self.seeds < 1:
+            raise ValueError(f'seeds is the number of seeds, 1 or more, not {self.seeds!r}')
         if not isinstance(self.epochs, int) or self.epochs < 0: raise ValueError(f"epochs is 0 (the preset's) or more, not {self.epochs!r}")
         get_device(self.device)
         self.out = project_root()/self.out_dir; self.out.mkdir(parents=True, exist_ok=True)
@@ -682,17 +728,21 @@ class Experiment:
         root, p = project_root(), provenance()
         inside = lambda f: str(f.relative_to(root)) if f.is_relative_to(root) else str(f)
         entry = dict(notebook=self.name, time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
-            parameters={k: getattr(self, k) for k in ('preset', 'dataset', 'methods', 'seeds', 'epochs', 'device', 'out_dir', 'force', 'from_predictions', 'base', 'weights')} | more,
-            commit=p['commit'], dirty=p['dirty'], versions=p['versions'], device=str(get_device(self.device)), seconds=round(time.time() - self.began, 1),
+            parameters={k: getattr(self, k) for k in ('preset', 'dataset', 'methods', 'seeds', 'epochs', 'device', 'out_dir', 'force',
+                                                      'from_predictions', 'base', 'weights')} | more,
+            commit=p['commit'], dirty=p['dirty'], versions=p['versions'], device=str(get_device(self.device)),
+            seconds=round(time.time() - self.began, 1),
             runs=sorted({prediction_attrs(predictions_file(r, self.out, self.from_predictions))['run_id'] for r in self.executed}),
             outputs={inside(Path(f).resolve()): sha256(f) for f in paths})
         (self.out/'runs').mkdir(exist_ok=True)
-        with FileLock(self.out/'runs'/'manifest.lock'), open(self.out/'manifest.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(entry) + '\n')
+        with FileLock(self.out/'runs'/'manifest.lock'), open(self.out/'manifest.jsonl', 'a', encoding='utf-8') as f:
+            f.write(json.dumps(entry) + '\n')
         return (f"{self.name}: preset {self.preset}, {self.seeds} seed{'s'*(self.seeds > 1)}, commit {(p['commit'] or 'none')[:9]}"
                 f"{' with local changes' if p['dirty'] else ''}, torch {p['versions']['torch']}, {entry['device']}\n" + '\n'.join(entry['outputs']))
 
 # %% ../nbs/13_run.ipynb #ce45e660
-REPRODUCE = ('table1', 'table2', 'table3', 'table4', 'table5', 'figure1', 'figure2') # in this order: later ones reuse the runs of earlier ones
+# in this order: later ones reuse the runs of earlier ones
+REPRODUCE = ('table1', 'table2', 'table3', 'table4', 'table5', 'figure1', 'figure2')
 ABLATIONS = ('context', 'annotated', 'consistency', 'routes', 'noise', 'faithfulness') # experiments beyond the paper
 
 def experiments() -> dict: # short name → path
@@ -715,7 +765,8 @@ def run_notebook(
     declared = pm.inspect_notebook(path)
     for k in parameters: choose(f'parameter of {path.name}', k, declared)
     if 'preset' in parameters: choose('preset', parameters['preset'], PRESETS)
-    if not isinstance(n := parameters.get('seeds', 1), int) or n < 1: raise ValueError(f'seeds is the number of seeds, 1 or more, not {n!r}')
+    if not isinstance(n := parameters.get('seeds', 1), int) or n < 1:
+        raise ValueError(f'seeds is the number of seeds, 1 or more, not {n!r}')
     done = project_root()/out/'runs'/'notebooks'/path.name; done.parent.mkdir(parents=True, exist_ok=True)
     try: pm.execute_notebook(path, done, {**parameters, 'out_dir': str(out)}, cwd=path.parent, kernel_name='python3',
                              progress_bar=False, stdout_file=sys.stdout, extra_arguments=['--log-level=CRITICAL']) # of the kernel, whose log would stand between the lines
@@ -749,8 +800,10 @@ def _run(a):
 
 def _train(a):
     _own_gpu(a.device); settings = _values(a.settings)
-    for k in settings: choose('setting', k, [f.name for f in fields(TrainConfig) if f.name not in ('seed', 'epochs', 'visual')]) # these have options of their own
-    run = make_run(a.dataset, *backbones_of(a.method, (a.backbone or PRESETS[a.preset].backbones[0],)), a.method, a.seed, a.preset, a.epochs, a.device, a.base, a.weights, **settings)
+    # these have options of their own
+    for k in settings: choose('setting', k, [f.name for f in fields(TrainConfig) if f.name not in ('seed', 'epochs', 'visual')])
+    run = make_run(a.dataset, *backbones_of(a.method, (a.backbone or PRESETS[a.preset].backbones[0],)), a.method, a.seed, a.preset, a.epochs,
+                   a.device, a.base, a.weights, **settings)
     done = execute(run, project_root()/a.out_dir, a.device, a.force)
     if int(os.environ.get('RANK', 0)) == 0: print(done, run_folder(run, project_root()/a.out_dir), sep='\n')
 
@@ -776,7 +829,8 @@ def parser() -> argparse.ArgumentParser:
     sub = top.add_subparsers(required=True, metavar='COMMAND'); kept = 'train nothing: read the predictions kept in OUT_DIR/predictions'
     def add(to, name, do, text):
         p = to.add_parser(name, help=text, description=text); p.set_defaults(do=do); return p
-    for name, suite, text in (('reproduce', REPRODUCE, "Run the notebooks of the paper's tables and figures."), ('ablations', ABLATIONS, 'Run the experiments beyond the paper.')):
+    for name, suite, text in (('reproduce', REPRODUCE, "Run the notebooks of the paper's tables and figures."),
+                              ('ablations', ABLATIONS, 'Run the experiments beyond the paper.')):
         p = add(sub, name, _suite, text); p.set_defaults(suite=suite)
         p.add_argument('--preset', default='demo', choices=PRESETS)
         p.add_argument('--seeds', type=_count, default=1, help='how many (default 1)')
@@ -796,7 +850,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--preset', default='smoke', choices=PRESETS)
     p.add_argument('--epochs', type=int, default=0, help="0: the preset's")
-    p.add_argument('-p', dest='settings', nargs=2, action='append', metavar=('NAME', 'VALUE'), help="a setting of TrainConfig in place of the preset's, such as -p accumulate 1")
+    p.add_argument('-p', dest='settings', nargs=2, action='append', metavar=('NAME', 'VALUE'), help="a setting of TrainConfig in place of "
+                   "the preset's, such as -p accumulate 1")
     p.add_argument('--device', default='auto')
     p.add_argument('--force', action='store_true', help='train again even if finished')
     p.add_argument('--out-dir', default='results/runs/smoke')

@@ -137,7 +137,8 @@ def cam_forward(
     route = cam_route(classifier, method, layer)
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
-            target = target.clone() if torch.is_tensor(target) else target # neither may be an inference tensor where a graph is built within
+            # neither may be an inference tensor where a graph is built within
+            target = target.clone() if torch.is_tensor(target) else target
             return cam_forward(classifier, images.clone(), target, method, False, normalize, layer)
     if target is not None:
         target = torch.as_tensor(target, device=images.device)

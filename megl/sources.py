@@ -104,17 +104,20 @@ def _join_twins(samples): # near duplicates get one group; the pairs
     for s in samples: s['group'] = root(s['group'])
     return [(samples[i], samples[j]) for i, j in twins]
 
-def _assign(samples, seed, annotated): # give each sample its split, and only a share of the training ones their map; returns the names of near duplicates, in pairs
+def _assign(samples, seed, annotated):
+    # give each sample its split, and only a share of the training ones their map; returns the names of near duplicates, in pairs
     twins = _join_twins(samples)
     if any(s.get('split') for s in samples): # the source's own
         if leaks := [f"{a['name']} and {b['name']}" for a, b in twins if a['split'] != b['split']]:
             raise DataError(f'{len(leaks)} pictures are in two splits, exactly or nearly: {", ".join(leaks[:3])}: '
                             'remove one of each, or leave out the splits and let the builder make them')
         if missing := [k for k in ('train', 'test') if all(s['split'] != k for s in samples)]:
-            raise DataError(f'no {" and no ".join(missing)} among the splits: add such pictures, or leave out the splits and let the builder make them')
+            raise DataError(f'no {" and no ".join(missing)} among the splits: add such pictures, or leave out the splits and let the builder '
+                            'make them')
         if all(s['split'] != 'val' for s in samples): # a share of training
             train = [s for s in samples if s['split'] == 'train']
-            for s, split in zip(train, split_by_group([s['group'] for s in train], [s['label'] for s in train], seed, test=0.)): s['split'] = split
+            for s, split in zip(train, split_by_group([s['group'] for s in train], [s['label'] for s in train], seed, test=0.)):
+                s['split'] = split
     else:
         splits = split_by_group([s['group'] for s in samples], [s['label'] for s in samples], seed)
         for s, split in zip(samples, splits): s['split'] = split

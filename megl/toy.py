@@ -50,7 +50,8 @@ OBJECTS = { # class: (phrase of the evidence, body, shapes of the evidence for r
     'car':    ('two dark wheels', _box, lambda r: [('ellipse', [((s*.4-.27)*r, .32*r), ((s*.4+.27)*r, .86*r)]) for s in (-1, 1)]),
     'house':  ('a pitched roof', _box, lambda r: [('polygon', [(-.85*r, -.25*r), (0, -1.0*r), (.85*r, -.25*r)])]),
     'cup':    ('a curved handle', _box, lambda r: [('arc', [(.4*r, -.25*r), (1.1*r, .45*r)], .16*r)]),
-    'boat':   ('a tall sail', _box, lambda r: [_line((-.1*r, -.3*r), (-.1*r, -1.15*r), w=.1*r), ('polygon', [(0, -1.15*r), (.62*r, -.42*r), (0, -.42*r)])]),
+    'boat':   ('a tall sail', _box, lambda r: [_line((-.1*r, -.3*r), (-.1*r, -1.15*r), w=.1*r),
+                                               ('polygon', [(0, -1.15*r), (.62*r, -.42*r), (0, -.42*r)])]),
 }
 
 # %% ../nbs/01_toy.ipynb #b04e51cd
@@ -71,21 +72,26 @@ ACTIONS = { # class: (pose, phrase of the thing, shapes of the thing for radius 
     'volleyball':    ('raised arms', 'a ball above', lambda r: [('ellipse', [(-.25*r, -1.4*r), (.25*r, -.9*r)])]),
     'weightlifting': ('raised arms', 'a bar above', lambda r: [_line((-.95*r, -1.05*r), (.95*r, -1.05*r), w=.14*r)]
                       + [('ellipse', [((s*.9-.16)*r, -1.3*r), ((s*.9+.16)*r, -.8*r)]) for s in (-1, 1)]),
-    'tennis':        ('a stretched arm', 'a racket in hand', lambda r: [_line((.7*r, -.35*r), (.9*r, -.6*r), w=.1*r), ('ring', [(.75*r, -1.15*r), (1.25*r, -.55*r)], .1*r)]),
+    'tennis':        ('a stretched arm', 'a racket in hand', lambda r: [_line((.7*r, -.35*r), (.9*r, -.6*r), w=.1*r),
+        ('ring', [(.75*r, -1.15*r), (1.25*r, -.55*r)], .1*r)]),
     'fencing':       ('a stretched arm', 'a thin foil in hand', lambda r: [_line((.7*r, -.35*r), (1.5*r, -.62*r), w=.09*r)]),
     'football':      ('a kicking leg', 'a ball at the foot', lambda r: [('ellipse', [(.72*r, .45*r), (1.22*r, .95*r)])]),
     'skating':       ('a kicking leg', 'a board below', lambda r: [('polygon', [(-.7*r, .95*r), (.4*r, .95*r), (.3*r, 1.15*r), (-.6*r, 1.15*r)])]),
     'cycling':       ('bent knees', 'two wheels below', lambda r: [('ring', [((x-.36)*r, .5*r), ((x+.36)*r, 1.22*r)], .1*r) for x in (-.35, .75)]),
-    'rowing':        ('bent knees', 'an oar in hand', lambda r: [_line((.1*r, -.3*r), (1.15*r, .75*r), w=.1*r), ('ellipse', [(.95*r, .55*r), (1.35*r, .95*r)])]),
+    'rowing':        ('bent knees', 'an oar in hand', lambda r: [_line((.1*r, -.3*r), (1.15*r, .75*r), w=.1*r),
+                                                                 ('ellipse', [(.95*r, .55*r), (1.35*r, .95*r)])]),
 }
 
 # %% ../nbs/01_toy.ipynb #9ad3e49a
 COLOURS = {'red': (205, 60, 55), 'orange': (228, 140, 45), 'yellow': (222, 200, 70), 'green': (75, 160, 85),
            'blue': (65, 110, 200), 'purple': (140, 85, 175), 'white': (232, 232, 226), 'black': (45, 45, 50)}
 # contexts, one a class: a ground (colour and texture) and a small companion
-GROUNDS = {'meadow': ((120, 165, 105), 'dots'), 'sea': ((100, 150, 185), 'waves'), 'sand': ((205, 185, 140), 'specks'), 'brick': ((175, 120, 100), 'bricks'),
-           'night': ((85, 85, 120), 'dots'), 'wood': ((150, 120, 90), 'stripes'), 'snow': ((205, 212, 220), 'specks'), 'carpet': ((160, 105, 140), 'checks')}
-COMPANIONS = {'a star': 'star', 'a ring': 'ring', 'a cross': 'cross', 'a dot': 'dot', 'a bar': 'bar', 'a diamond': 'diamond', 'a square': 'square', 'a triangle': 'triangle'}
+GROUNDS = {'meadow': ((120, 165, 105), 'dots'), 'sea': ((100, 150, 185), 'waves'), 'sand': ((205, 185, 140), 'specks'),
+           'brick': ((175, 120, 100), 'bricks'),
+           'night': ((85, 85, 120), 'dots'), 'wood': ((150, 120, 90), 'stripes'), 'snow': ((205, 212, 220), 'specks'),
+           'carpet': ((160, 105, 140), 'checks')}
+COMPANIONS = {'a star': 'star', 'a ring': 'ring', 'a cross': 'cross', 'a dot': 'dot', 'a bar': 'bar', 'a diamond': 'diamond',
+              'a square': 'square', 'a triangle': 'triangle'}
 
 def classes(
     name: str, # 'toy-object' or 'toy-action'

@@ -59,12 +59,17 @@ class TrainConfig:
 
     def __post_init__(self): # what could only fail later, or silently
         for f in fields(self):
-            v = getattr(self, f.name); kind, word = {int: (Integral, 'a whole number'), bool: (bool, 'true or false'), str: (str, 'a name')}.get(f.type, (Real, 'a number'))
-            if not (isinstance(v, kind) and isinstance(v, bool) == (f.type is bool) or v is None is f.default): raise ValueError(f'{f.name} is {v!r}: it must be {word}')
-        for k, options in dict(visual=VISUAL, dc_variant=(*VARIANTS, 'per class'), map_route=ROUTES, precision=('no', 'bf16', 'fp16')).items(): choose(k, getattr(self, k), options)
-        least = dict(epochs=1, batch_size=1, accumulate=1, eval_batch=1, lr_generator=0, weight_decay=0, warmup=0, lambda_t=0, lambda_v=0, lambda_dc=0, workers=0, seed=0)
+            v = getattr(self, f.name)
+            kind, word = {int: (Integral, 'a whole number'), bool: (bool, 'true or false'), str: (str, 'a name')}.get(f.type, (Real, 'a number'))
+            if not (isinstance(v, kind) and isinstance(v, bool) == (f.type is bool) or v is None is f.default):
+                raise ValueError(f'{f.name} is {v!r}: it must be {word}')
+        for k, options in dict(visual=VISUAL, dc_variant=(*VARIANTS, 'per class'), map_route=ROUTES, precision=('no', 'bf16', 'fp16')).items():
+            choose(k, getattr(self, k), options)
+        least = dict(epochs=1, batch_size=1, accumulate=1, eval_batch=1, lr_generator=0, weight_decay=0, warmup=0, lambda_t=0, lambda_v=0,
+                     lambda_dc=0, workers=0, seed=0)
         for k, v in least.items():
-            if getattr(self, k) is not None and not getattr(self, k) >= v: raise ValueError(f'{k} is {getattr(self, k)}: it must be at least {v}')
+            if getattr(self, k) is not None and not getattr(self, k) >= v:
+                raise ValueError(f'{k} is {getattr(self, k)}: it must be at least {v}')
         if self.warmup > 1: raise ValueError(f'warmup is {self.warmup}: it is a share of the steps, at most 1')
         for k in ('lr', 'grad_clip'):
             if not getattr(self, k) > 0: raise ValueError(f'{k} is {getattr(self, k)}: it must be above 0')
@@ -157,7 +162,8 @@ def save_checkpoint(path: Path, **content):
 def load_checkpoint(path: Path) -> dict:
     "Read a checkpoint; a file that cannot be read is an error that says what to do."
     try: return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise OSError(f'{path}: not a readable checkpoint ({type(e).__name__}): delete it to start this run anew') from None
+    except Exception as e:
+        raise OSError(f'{path}: not a readable checkpoint ({type(e).__name__}): delete it to start this run anew') from None
 
 # %% ../nbs/10_train.ipynb #5a7e01c2
 def sharding() -> bool:
@@ -177,8 +183,10 @@ def shard_frozen(
     "Spread the frozen layers of the language model over the processes; everything else goes to the device whole."
     import inspect
     from torch.distributed.fsdp import FSDPModule, fully_shard
-    if 'ignored_params' not in inspect.signature(fully_shard).parameters: raise RuntimeError(f'sharding needs torch 2.7 or newer, this is {torch.__version__}')
-    if model.generator.base is None: raise ValueError('a base model without a name cannot be saved from its shards: save it, and load it from there')
+    if 'ignored_params' not in inspect.signature(fully_shard).parameters:
+        raise RuntimeError(f'sharding needs torch 2.7 or newer, this is {torch.__version__}')
+    if model.generator.base is None:
+        raise ValueError('a base model without a name cannot be saved from its shards: save it, and load it from there')
     lm = model.generator.model.model.language_model
     layers = decoder_layers(lm); inside = {p for m in layers for p in m.parameters()}
     if not layers: raise ValueError(f'{type(lm).__name__}: its layers are not known to transformers as such, so they cannot be sharded')
@@ -194,7 +202,8 @@ def _prepare_sharded(accelerator, model, optimizer): # as accelerator.prepare, w
     DDP = torch.nn.parallel.DistributedDataParallel
     DDP._set_params_and_buffers_to_ignore_for_model(model, [n for n, p in model.named_parameters() if isinstance(p, DTensor)])
     ids = [accelerator.device.index] if accelerator.device.type == 'cuda' else None
-    return DDP(accelerator.prepare_model(model, evaluation_mode=True), device_ids=ids, **accelerator.ddp_handler.to_kwargs()), accelerator.prepare(optimizer)
+    return DDP(accelerator.prepare_model(model, evaluation_mode=True), device_ids=ids,
+               **accelerator.ddp_handler.to_kwargs()), accelerator.prepare(optimizer)
 
 # %% ../nbs/10_train.ipynb #21593b81
 def term_shares(
@@ -206,12 +215,14 @@ def term_shares(
     (samples; tokens; samples with a map; samples without) in this batch, and mean(n) its mean over all batches and processes of the step."""
     names = 'pred', 'text', 'visual', 'dc'
     if accelerator.num_processes == len(group) == 1: return [dict.fromkeys(names, 1.)]
-    own = torch.tensor([(len(b['labels']), _tokens(model, b), b['annotated'].sum(), (~b['annotated']).sum()) for b in group], dtype=torch.float64); mean = own.mean(0)
+    own = torch.tensor([(len(b['labels']), _tokens(model, b), b['annotated'].sum(), (~b['annotated']).sum()) for b in group], dtype=torch.float64)
+    mean = own.mean(0)
     if accelerator.num_processes > 1: mean = accelerator.reduce(mean.to(accelerator.device), 'mean').cpu()
     share = torch.where(own > 0, own/mean.clamp(min=1e-9), 1.) # a term without samples is 0 already
     return [dict(zip(names, s)) for s in share.tolist()]
 
-def _tokens(model, batch): # how many the text loss is a mean over: those of the rationales, each with its end token, and of an MLLM's answers
+def _tokens(model, batch):
+    # how many the text loss is a mean over: those of the rationales, each with its end token, and of an MLLM's answers
     if not (texts := batch['texts']): return 1
     g = model.generator; n = sum(map(len, g.tokenizer([g.space + t for t in texts], add_special_tokens=False).input_ids)) + len(texts)
     return n if hasattr(model, 'classifier') else n + sum(len(model.options[y]) for y in batch['labels'].tolist())
@@ -219,7 +230,8 @@ def _tokens(model, batch): # how many the text loss is a mean over: those of the
 # %% ../nbs/10_train.ipynb #21593b82
 def _epoch(model, wrapped, loader, optimizer, accelerator, config, epoch, mean_map, progress):
     "One epoch; returns the mean of each term."
-    wrapped.train(); still = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)] if config.freeze_batchnorm else ()
+    wrapped.train()
+    still = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)] if config.freeze_batchnorm else ()
     for m in still: m.eval()
     sums, counts, steps = {}, {}, math.ceil(len(loader)/config.accumulate)
     wording = np.random.default_rng([config.seed, epoch, 1]).random(len(loader.dataset)) # which of its rationales a sample gets
@@ -231,18 +243,22 @@ def _epoch(model, wrapped, loader, optimizer, accelerator, config, epoch, mean_m
         for i, (batch, share) in enumerate(zip(group, term_shares(accelerator, model, group))):
             labels, images, maps, annotated = (batch[k].to(accelerator.device, non_blocking=True) for k in ('labels', 'images', 'maps', 'annotated'))
             with nullcontext() if i+1 == len(group) else accelerator.no_sync(wrapped):
-                with accelerator.autocast(): out = wrapped(images, labels, batch['texts'], maps=config.needs_maps, map_route=config.map_route, feature_route=config.feature_route)
+                with accelerator.autocast():
+                    out = wrapped(images, labels, batch['texts'], maps=config.needs_maps, map_route=config.map_route,
+                                  feature_route=config.feature_route)
                 if out.logits is None: total, parts = out.text_loss*share['text'], dict(text=out.text_loss.detach()) # an MLLM
                 else:
                     target = mean_map if mean_map is None or mean_map.ndim == 2 else mean_map[labels]
                     relative = {k: v/share['pred'] for k, v in share.items()}
-                    total, parts = megl_loss(out.logits.float(), labels, out.maps, maps, annotated, target, out.text_loss, config.lambda_t*relative['text'],
+                    total, parts = megl_loss(out.logits.float(), labels, out.maps, maps, annotated, target, out.text_loss,
+                                             config.lambda_t*relative['text'],
                                              config.lambda_v*relative['visual'], config.weight_dc*relative['dc'], _variant(config),
                                              visual=config.visual, imputation=getattr(model, 'imputation', None))
                     total = total*share['pred']
                 if not total.isfinite(): check_finite(parts, step)
                 accelerator.backward(total/len(group))
-            n = len(labels)/share['pred']; own = dict(visual=float(annotated.sum()), dc=float((~annotated).sum())) # an epoch's mean of these two is over the samples that have them; of the others over n
+            # an epoch's mean of these two is over the samples that have them; of the others over n
+            n = len(labels)/share['pred']; own = dict(visual=float(annotated.sum()), dc=float((~annotated).sum()))
             parts = {k: v if k in own else v*share[k] for k, v in parts.items()} | dict(loss=total.detach())
             if out.alive is not None: parts['dead'] = (~out.alive).float().mean()*share['pred']
             for k, v in parts.items(): sums[k], counts[k] = sums.get(k, 0.) + v.float()*own.get(k, n), counts.get(k, 0.) + own.get(k, n)
@@ -265,7 +281,8 @@ def _from_first(accelerator, x): # the first process's object, in all of them
 def _identity(model, train, val, config, world): # what a checkpoint belongs to
     data = lambda ds: stable_hash([ds.fingerprint, [r['id'] for r in ds.records]])
     trained = stable_hash([[n, list(p.shape)] for n, p in model.named_parameters() if p.requires_grad])
-    return {'config': asdict(replace(config, workers=0)), 'training data': data(train), 'validation data': data(val), 'class names': stable_hash(train.classes),
+    return {'config': asdict(replace(config, workers=0)), 'training data': data(train), 'validation data': data(val),
+            'class names': stable_hash(train.classes),
             'trained parameters': trained, 'number of processes': world}
 
 def _differences(recorded, own): # of two identities, each in words; the config's fields one by one
@@ -277,7 +294,8 @@ def _resume(path, own, model, optimizer, accelerator): # the state of a run of t
     fresh = dict(epoch=0, best=None, history=[])
     found = _from_first(accelerator, path is not None and accelerator.is_main_process and path.exists() and load_checkpoint(path))
     if not found: return fresh
-    if differs := _differences(found.get('of', {}), own): raise ValueError(f"{path}: belongs to another run, {', '.join(differs)}: go on with what it belongs to, delete it, or use another folder")
+    if differs := _differences(found.get('of', {}), own):
+        raise ValueError(f"{path}: belongs to another run, {', '.join(differs)}: go on with what it belongs to, delete it, or use another folder")
     model.load_state_dict(found['model'], strict=False); optimizer.load_state_dict(found['optimizer'])
     if accelerator.scaler and found.get('scaler'): accelerator.scaler.load_state_dict(found['scaler']) # fp16's
     return {k: found[k] for k in fresh}
@@ -285,11 +303,13 @@ def _resume(path, own, model, optimizer, accelerator): # the state of a run of t
 # %% ../nbs/10_train.ipynb #21593b84
 def _accelerator(model, config, device): # device, processes and precision of a run
     if device.type == 'cuda' and device.index is not None: torch.cuda.set_device(device)
-    if not torch.distributed.is_initialized(): AcceleratorState._reset_state(True) # an earlier run of this process may have used another device
+    # an earlier run of this process may have used another device
+    if not torch.distributed.is_initialized(): AcceleratorState._reset_state(True)
     unused = DistributedDataParallelKwargs(find_unused_parameters=model.generator is not None and not config.lambda_t)
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=2)) # the others wait while the first process evaluates
     once = GradientAccumulationPlugin(num_steps=1) # or the launcher's environment would divide the losses too
-    return Accelerator(cpu=device.type == 'cpu', mixed_precision=config.precision, gradient_accumulation_plugin=once, kwargs_handlers=[unused, patient])
+    return Accelerator(cpu=device.type == 'cpu', mixed_precision=config.precision, gradient_accumulation_plugin=once,
+                       kwargs_handlers=[unused, patient])
 
 def _loader(train, config, accelerator): # of the training split, in the order of `EpochBatches`
     batches = EpochBatches(len(train), config.batch_size, config.seed, accelerator.process_index, accelerator.num_processes)
@@ -316,7 +336,8 @@ def fit(
     """Train `model` in place and leave it with its best weights, in evaluation mode, on the device. If `folder` holds this run's finished checkpoint, its best weights are loaded and nothing is trained.
     Raises `FloatingPointError` where a term is not finite, `ValueError` where the checkpoint belongs to another run."""
     if config.lambda_t and model.generator is None: raise ValueError('lambda_t is above 0 but the model has no generator')
-    if not config.lambda_t and not hasattr(model, 'classifier'): raise ValueError('a multimodal language model learns from texts alone: give lambda_t a value above 0')
+    if not config.lambda_t and not hasattr(model, 'classifier'):
+        raise ValueError('a multimodal language model learns from texts alone: give lambda_t a value above 0')
     for name, ds in (('training', train), ('validation', val)):
         if not len(ds): raise ValueError(f'no {name} samples: fit needs at least one')
     progress = sys.stderr.isatty() if progress is None else progress
@@ -327,7 +348,8 @@ def fit(
     together = shard and not hasattr(model, 'classifier') # sharded layers answer only where all processes ask
     train = train.with_transform(train_transform(model.image_size)); loader = _loader(train, config, accelerator)
     grid, wrapped = getattr(getattr(model, 'classifier', None), 'grid', None), model
-    if config.visual == 'res-l': model.imputation = Imputation(model.image_size//grid[0]).to(device) # trained along, not part of the classifier
+    # trained along, not part of the classifier
+    if config.visual == 'res-l': model.imputation = Imputation(model.image_size//grid[0]).to(device)
     try:
         mean_map = _consistency_target(train, grid, config); mean_map = None if mean_map is None else mean_map.to(accelerator.device)
         if shard: shard_frozen(model, accelerator.device)
@@ -360,7 +382,8 @@ def fit(
         if config.visual == 'res-l': del model.imputation
 
 def _line(r, config):
-    terms = ' '.join(f'{k} {r[k]:.3f}' for k, w in (('pred', 1), ('text', config.lambda_t), ('visual', config.lambda_v), ('dc', config.weight_dc)) if w and k in r)
+    terms = ' '.join(f'{k} {r[k]:.3f}' for k, w in (('pred', 1), ('text', config.lambda_t), ('visual', config.lambda_v),
+                                                    ('dc', config.weight_dc)) if w and k in r)
     seen = f", mIoU {r['val_miou']:.3f}" if 'val_miou' in r else ''
     return f"epoch {r['epoch']:>3}/{config.epochs} · {terms} · val accuracy {r['val_accuracy']:.3f}{seen} · {r['seconds']:.1f} s"
 
