@@ -355,7 +355,7 @@ def build_model(run: Run, out: Path, classes: list, device='auto'):
     weights = base_classifier(run, out, device)
     set_seed(run.seed); mode, where = METHODS[run.method].mllm, get_device(device)
     classifier = None if mode else create_classifier(run.backbone, len(classes), weights or None)
-    def generator(weights=True):
+    def make_generator(weights=True): # without weights: its shapes
         if not base: return None
         from megl.rationale import RationaleGenerator, lora_config
         more = dict(run.generator); more |= dict(dtype=getattr(torch, more['dtype'])) if 'dtype' in more else {}
@@ -364,8 +364,8 @@ def build_model(run: Run, out: Path, classes: list, device='auto'):
     if where.type == 'cuda': # before gigabytes are read
         _must_compute(run, torch.cuda.is_bf16_supported(including_emulation=False))
         with torch.random.fork_rng(devices=[]):
-            _must_fit(run, generator(weights=False), classifier, torch.cuda.get_device_properties(where).total_memory/1e9)
-    generator = generator()
+            _must_fit(run, make_generator(weights=False), classifier, torch.cuda.get_device_properties(where).total_memory/1e9)
+    generator = make_generator()
     if mode:
         from megl.mllm import MLLM
         model = MLLM(generator, classes, mode=mode, order=METHODS[run.method].order)
