@@ -151,8 +151,8 @@ def model_card(
     rows = ''.join(f'| {k} | {v:.4g} |\n' if isinstance(v, float) else f'| {k} | {v} |\n' for k, v in (numbers or {}).items())
     hub = f'base_model: {base}\n' if isinstance(base, str) and not Path(base).exists() else ''
     return (f'---\nlibrary_name: megl\ntags: [image-classification, explanation]\n{hub}---\n'
-            f'# {title}\n\n{about}\n\n' + (f'| measured | value |\n|---|---|\n{rows}\n' if numbers else 'No measured numbers were given.\n\n') + (f'{note}\n\n' if note else '')
-            + f'```python\n{usage}\n```\n')
+            f'# {title}\n\n{about}\n\n' + (f'| measured | value |\n|---|---|\n{rows}\n' if numbers else 'No measured numbers were given.\n\n')
+            + f'{note}\n\n'*bool(note) + f'```python\n{usage}\n```\n')
 
 def _about(model): # title, about and usage of its card
     c, g = model.classifier, model.generator; base = None if g is None else g.base
@@ -214,10 +214,10 @@ def local_folder(
     if Path(name).exists() or name.startswith(('/', '.')) or name.count('/') != 1: return Path(name)
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(name, ignore_patterns=leave))
-    except Exception as e: raise FileNotFoundError(f'{name}: no folder of that name, and no model of that id on this machine or the hub '
-                                                   f'({type(e).__name__}). '
-                                                   'Give a local folder, or download it once (megabytes) where there is a network, with '
-                                                   f'HF_HUB_OFFLINE unset: hf download {name}') from None
+    except Exception as e:
+        raise FileNotFoundError(f'{name}: no folder of that name, and no model of that id on this machine or the hub ({type(e).__name__}). Give a '
+                                'local folder, or download it once (megabytes) where there is a network, with HF_HUB_OFFLINE unset: '
+                                f'hf download {name}') from None
 
 @patch
 def push_to_hub(self: MEGL,

@@ -230,8 +230,7 @@ def _missing(base, kind, e): # one error for what cannot be loaded
     if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', name) and not Path(name).exists():
         size = f'about {DOWNLOADS[name]} GB' if name in DOWNLOADS else 'the size stands on its page of the hub'
         hint = (f'it is not whole on this machine and cannot be had from the hub ({str(e).splitlines()[0]}). Give a local folder instead, or '
-                f'download it once ({size}) where there is '
-                f'a network, with HF_HUB_OFFLINE unset: hf download {name}')
+                f'download it once ({size}) where there is a network, with HF_HUB_OFFLINE unset: hf download {name}')
     else: hint += f' ({str(e).splitlines()[0]})'
     return OSError(f'no {kind} at {name!r}: {hint}')
 
@@ -358,9 +357,8 @@ def assemble_llava(
     n = tokens.shape[1]; cls = not own and math.isqrt(n)**2 == n - 1 # a square of patches and one token more
     if own: tower.config.hidden_size = tokens.shape[2]
     config = LlavaConfig(vision_config=tower.config, text_config=words, image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-                         image_seq_length=n-cls,
-        vision_feature_layer=-1 if own else layer, vision_feature_select_strategy='default' if cls else 'full',
-        tie_word_embeddings=words.tie_word_embeddings)
+                         image_seq_length=n-cls, vision_feature_layer=-1 if own else layer,
+                         vision_feature_select_strategy='default' if cls else 'full', tie_word_embeddings=words.tie_word_embeddings)
     with torch.device('meta'): llava = LlavaForConditionalGeneration(config)
     projector = type(llava.model.multi_modal_projector)(config).to(weight)
     llava.model.vision_tower, llava.model.multi_modal_projector, llava.model.language_model, llava.lm_head = tower, projector, body, head

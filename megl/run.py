@@ -533,9 +533,8 @@ def execute(
         finally: # the model is kept whether they can be computed or not
             seconds = time.time() - began
             about = dict(id=run.id, run=asdict(run), seconds=seconds, device=str(get_device(device)), processes=run.processes, **made)
-            card = dict(card={k: v['value'] for k, v in found.items()}, manifest=about, note=f'Measured on the test split of {train.name}: '
-                        f'{run}, preset {run.preset}.')
-            model.save_pretrained(folder/'model', **card)
+            model.save_pretrained(folder/'model', {k: v['value'] for k, v in found.items()}, about,
+                                  f'Measured on the test split of {train.name}: {run}, preset {run.preset}.')
         write_atomic(folder/'run.json', json.dumps(about, indent=1))
         last.unlink(missing_ok=True)
     return f'{run}: trained in {seconds:.0f} s'
@@ -627,8 +626,9 @@ def text_scores(
     stored: bool = False, # see `predictions_file`
 ) -> dict: # metric → (n,) scores of single texts; bleu4 → (n, 10), see `megl.metrics.bleu4`
     "What a test needs of texts, in the order of the test split."
-    metrics_of(run, out, stored) # which leaves them beside its own
-    with np.load(_metrics_file(run, out, predictions_file(run, out, stored)).with_suffix('.npz')) as each: return dict(each)
+    file = _metrics_file(run, out, predictions_file(run, out, stored)).with_suffix('.npz')
+    if not file.exists(): metrics_of(run, out, stored) # which leaves them beside its own
+    with np.load(file) as each: return dict(each)
 
 # %% ../nbs/13_run.ipynb #3e353ac0
 def _assigned(source): return [t.id for n in ast.parse(source).body if isinstance(n, (ast.Assign, ast.AnnAssign))

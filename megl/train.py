@@ -428,7 +428,6 @@ def pretrain_llava(
     folder: Path|str, # the checkpoint is written here, in transformers' format
     device: str = 'auto',
     progress: bool|None = None, # progress bar; None: in a terminal
-    **llava # overrides of `small_llava_config`
 ) -> dict: # losses, each the mean of its last 50 steps: words (nats per text), text (nats per token); None where there were no steps
     "Make a small LLaVA that has seen and read a little."
     from megl.rationale import RationaleGenerator
@@ -437,7 +436,7 @@ def pretrain_llava(
     device = get_device(device); set_seed(config.seed)
     batch = collate([s for s in dataset.with_transform(eval_transform(config.image_size))])
     g = RationaleGenerator.from_config([t for r in batch['rationales'] for t in r] + texts, 1, lora=False, vocab_size=config.vocab_size,
-                                       llava=dict(image_size=config.image_size, **llava)).to(device)
+                                       llava=dict(image_size=config.image_size)).to(device)
     words, bags = bags_of_words([' '.join(r) for r in batch['rationales']]); tower = g.model.model.vision_tower
     probe = torch.nn.Linear(tower.config.hidden_size, len(words)).to(device); _start_at_frequency(probe, bags)
 
