@@ -470,7 +470,7 @@ def memory_estimate(
         each = 2 if half or base.itemsize == 2 else 4; seen = config.image_seq_length
         tokens = seen + len(generator.before_ids) + len(generator.after_ids) + text_tokens
         rank = max((getattr(c, 'r', 0) for c in getattr(generator.llava, 'peft_config', {}).values()), default=0)
-        for c, n, per_h, per_m, more in ((config.text_config, tokens, 20 if each == 2 else 14, 3, 4*rank), (config.vision_config, seen+1, 6, 2, 0)):
+        for c, n, per_h, per_m, more in ((config.text_config, tokens, 14 if each == 2 else 11, 3, 4*rank), (config.vision_config, seen+1, 6, 2, 0)):
             h, depth = c.hidden_size, getattr(c, 'num_hidden_layers', 1); one = per_h*h + per_m*getattr(c, 'intermediate_size', 4*h) + more
             acts += (passes if c is config.text_config else 1)*batch_size*n*each*(depth*h + one if generator.checkpointing else depth*one)
         if half and base.itemsize == 4 and not generator.checkpointing:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from filelock import FileLock, Timeout
 
-from .core import choose, code_hash, get_device, one_thread, project_root, provenance, set_seed, sha256, stable_hash, write_atomic
+from .core import choose, code_hash, device_name, get_device, one_thread, project_root, provenance, set_seed, sha256, stable_hash, write_atomic
 from .classifiers import _BUILTIN, CLASSIFIERS, WEIGHT_FILES, create_classifier, register_classifier
 from .data import load_dataset
 from .get import add_data_commands
@@ -101,7 +101,7 @@ PRESETS = {p.name: p for p in (
     Preset('photos', TrainConfig(epochs=12, batch_size=4, lr=2e-4, lr_generator=1e-3, freeze_batchnorm=True),
            base=dict(vision='openai/clip-vit-base-patch32', llm='HuggingFaceTB/SmolLM2-135M-Instruct'),
            weights='IMAGENET1K_V1', backbones=('resnet18',), lora=(('r', 16), ('lora_alpha', 32), ('lora_dropout', .05))),
-    Preset('paper', TrainConfig(epochs=10, batch_size=8, accumulate=4, lr=1e-4, lr_generator=5e-5, precision='bf16', workers=4, eval_batch=8),
+    Preset('paper', TrainConfig(epochs=10, batch_size=8, accumulate=4, lr=1e-4, lr_generator=5e-5, precision='bf16', compile=True, workers=4, eval_batch=8),
            base='llava-hf/llava-1.5-7b-hf', weights='IMAGENET1K_V1',
            backbones=('resnet18', 'vit_b_16'), image_size=336, lora=(('r', 32), ('lora_alpha', 64), ('lora_dropout', .05)),
            generator=(('dtype', 'bfloat16'), ('checkpointing', True))),
@@ -174,7 +174,7 @@ def _own_code(factory):
     return stable_hash(sorted(found.values()) + ([plain] if plain else []))
 
 # fields that are younger than published runs: at their default they say nothing, so that those runs keep their names
-_LATER = 'processes', 'image_size', 'parts', 'freeze_batchnorm'
+_LATER = 'processes', 'image_size', 'parts', 'freeze_batchnorm', 'compile'
 
 def _processes(): return int(os.environ.get('WORLD_SIZE', 1)) # that train together, as their launcher says
 
@@ -236,7 +236,7 @@ def make_run(
     dc = chosen.pop('lambda_dc', None) if on.consistency else chosen.pop('lambda_dc', 0.)*0.
     train = replace(p.train, seed=seed, visual=on.visual or 'l1', lambda_dc=dc if dc is None else float(dc), **terms,
                     **(dict(epochs=epochs) if epochs else {}) | chosen)
-    if not train.lambda_t: train = replace(train, lr_generator=0.) # there is none
+    if not train.lambda_t: train = replace(train, lr_generator=0., compile=False) # there is none
     weights, base = '' if on.mllm else _weights(weights, backbone, p.weights), _base(base) if base else p.base
     if weights == 'captions' and not p.pretrain:
         raise ValueError(f"weights 'captions': preset {preset} has no pre-training: name torchvision's weights, or a file")
@@ -348,6 +348,13 @@ def _must_compute(run, supported): # bfloat16 where it is asked for
     if asked and not supported:
         raise ValueError(f"{run}: preset {run.preset} computes in bfloat16, which this GPU cannot: take one that can (NVIDIA's since Ampere)")
 
+def _must_compile(run, device): # where layers are to be compiled
+    if not run.train.compile: return
+    try: torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+    except Exception as e:
+        raise ValueError(f"{run}: torch.compile does not work here ({str(e).strip().splitlines()[0]}). It needs a C compiler and Python's headers "
+                         "(apt-get install gcc python3-dev); of a single run it is turned off by `megl train … -p compile false`") from e
+
 def build_model(run: Run, out: Path, classes: list, device='auto'):
     "The run's model before training: MEGL, or MLLM."
     from megl.model import MEGL
@@ -361,7 +368,8 @@ def build_model(run: Run, out: Path, classes: list, device='auto'):
         more = dict(run.generator); more |= dict(dtype=getattr(torch, more['dtype'])) if 'dtype' in more else {}
         return RationaleGenerator.from_pretrained(base, 1 if mode else classifier.head.in_features, weights=weights,
                                                   lora=lora_config(**dict(run.lora)), **more)
-    if where.type == 'cuda': # before gigabytes are read
+    _must_compile(run, where) # before gigabytes are read
+    if where.type == 'cuda':
         _must_compute(run, torch.cuda.is_bf16_supported(including_emulation=False))
         with torch.random.fork_rng(devices=[]):
             _must_fit(run, make_generator(weights=False), classifier, torch.cuda.get_device_properties(where).total_memory/1e9)
@@ -532,7 +540,7 @@ def execute(
         try: found = metrics_of(run, out, unfinished=True) # here, where runs are parallel
         finally: # the model is kept whether they can be computed or not
             seconds = time.time() - began
-            about = dict(id=run.id, run=asdict(run), seconds=seconds, device=str(get_device(device)), processes=run.processes, **made)
+            about = dict(id=run.id, run=asdict(run), seconds=seconds, device=device_name(device), processes=run.processes, **made)
             model.save_pretrained(folder/'model', {k: v['value'] for k, v in found.items()}, about,
                                   f'Measured on the test split of {train.name}: {run}, preset {run.preset}.')
         write_atomic(folder/'run.json', json.dumps(about, indent=1))
@@ -730,7 +738,7 @@ class Experiment:
         entry = dict(notebook=self.name, time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
             parameters={k: getattr(self, k) for k in ('preset', 'dataset', 'methods', 'seeds', 'epochs', 'device', 'out_dir', 'force',
                                                       'from_predictions', 'base', 'weights')} | more,
-            commit=p['commit'], dirty=p['dirty'], versions=p['versions'], device=str(get_device(self.device)),
+            commit=p['commit'], dirty=p['dirty'], versions=p['versions'], device=device_name(self.device),
             seconds=round(time.time() - self.began, 1),
             runs=sorted({prediction_attrs(predictions_file(r, self.out, self.from_predictions))['run_id'] for r in self.executed}),
             outputs={inside(Path(f).resolve()): sha256(f) for f in paths})

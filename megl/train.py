@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'param_groups', 'lr_scale', 'EpochBatches', 'predict_dataset', 'maps_of', 'trained_state',
-           'save_checkpoint', 'load_checkpoint', 'sharding', 'decoder_layers', 'shard_frozen', 'term_shares', 'fit',
-           'PretrainConfig', 'random_maps', 'bags_of_words', 'pretrain_llava', 'pretrain_classifier']
+           'save_checkpoint', 'load_checkpoint', 'sharding', 'decoder_layers', 'shard_frozen', 'compiled',
+           'term_shares', 'fit', 'PretrainConfig', 'random_maps', 'bags_of_words', 'pretrain_llava',
+           'pretrain_classifier']
 
 # %% ../nbs/10_train.ipynb #b00c2cd3
 import math, os, sys, time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from itertools import islice
@@ -55,6 +56,7 @@ class TrainConfig:
     workers: int = 0           # processes that load data; no number depends on it, nor does a run's identity
     eval_batch: int = 64       # samples that are predicted, or explained, at once
     precision: str = 'no'      # 'no', 'bf16', 'fp16': accelerate's mixed precision
+    compile: bool = False      # the language model's layers train compiled, see `compiled`
     seed: int = 0
 
     def __post_init__(self): # what could only fail later, or silently
@@ -204,6 +206,23 @@ def _prepare_sharded(accelerator, model, optimizer): # as accelerator.prepare, w
     ids = [accelerator.device.index] if accelerator.device.type == 'cuda' else None
     return DDP(accelerator.prepare_model(model, evaluation_mode=True), device_ids=ids,
                **accelerator.ddp_handler.to_kwargs()), accelerator.prepare(optimizer)
+
+# %% ../nbs/10_train.ipynb #f24e283d
+@contextmanager
+def compiled(
+    model, # MEGL or MLLM
+    on: bool = True, # else nothing happens
+):
+    "Inside, the language model's decoder layers are run by `torch.compile`."
+    lm = model.generator.model.model.language_model if on and model.generator is not None else None
+    layers = [] if lm is None else decoder_layers(lm)
+    if lm is not None and not layers:
+        raise ValueError(f'{type(lm).__name__}: its layers are not known to transformers as such, so they cannot be compiled')
+    try:
+        for m in layers: m.compile()
+        yield
+    finally:
+        for m in layers: vars(m).pop('_compiled_call_impl', None)
 
 # %% ../nbs/10_train.ipynb #21593b81
 def term_shares(
@@ -363,7 +382,8 @@ def fit(
         for epoch in range(state['epoch'], config.epochs):
             began = time.time(); set_seed(int(stable_hash([config.seed, epoch, rank]), 16) % 2**31)
             loader.batch_sampler.epoch = epoch; train.at_epoch(config.seed, epoch)
-            row = dict(epoch=epoch+1, **_epoch(model, wrapped, loader, optimizer, accelerator, config, epoch, mean_map, progress))
+            with compiled(model, config.compile):
+                row = dict(epoch=epoch+1, **_epoch(model, wrapped, loader, optimizer, accelerator, config, epoch, mean_map, progress))
             state['epoch'] = epoch+1
             if main or together: row |= _validate(model, val, annotations, config)
             if main:
