@@ -123,12 +123,13 @@ def sha256(
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/00_core.ipynb #95aee022
-def _bare(tree: ast.AST) -> str: # a syntax tree without docstrings, as source text: `ast.dump` differs between versions of Python
-    for node in ast.walk(tree):
-        body = getattr(node, 'body', None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0], 'value', None), ast.Constant):
-            node.body = body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
+def _bare(node) -> list|str: # a syntax tree without docstrings, as lists and strings; `ast.dump` and `ast.unparse` differ between versions of Python
+    if isinstance(node, list): return [_bare(n) for n in node]
+    if not isinstance(node, ast.AST): return repr(node)
+    known = {k: v for k, v in ast.iter_fields(node) if v not in (None, [])}
+    body = known.get('body')
+    if isinstance(body, list) and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant): known['body'] = body[1:] or [ast.Pass()]
+    return [type(node).__name__, *([k, _bare(v)] for k, v in known.items())]
 
 @lru_cache
 def code_hash(

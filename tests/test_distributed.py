@@ -93,6 +93,7 @@ def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path):
 
 SHARDED = '''
 import os, sys, torch
+from functools import partial
 import megl.train
 from megl.classifiers import create_classifier
 from megl.core import set_seed
@@ -103,6 +104,7 @@ from megl.rationale import RationaleGenerator, lora_config
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+torch.compile = partial(torch.compile, backend='aot_eager') # all of it but the generation of code
 torch.set_num_threads(1); rank = int(os.environ['RANK']); folder = f"{sys.argv[1]}/{rank}"; asked = os.environ.pop('ACCELERATE_USE_FSDP', None)
 train, val = (load_dataset('toy-object', s) for s in ('train', 'val')); train, val = train.subset(range(21)), val.subset(range(10))
 texts = [t for r in train.records for t in r['rationales']]
@@ -116,7 +118,7 @@ def fit(name, mllm=False, sharded=True, **options):
     classifier = None if mllm else create_classifier('vit_tiny', len(train.classes))
     generator = RationaleGenerator.from_pretrained(folder, 1 if mllm else classifier.head.in_features, lora=lora_config(r=4, lora_dropout=0.), checkpointing=True)
     model = MLLM(generator, train.classes, mode='answer') if mllm else MEGL(classifier, generator, train.classes)
-    config = megl.train.TrainConfig(batch_size=4, lr=1e-3, lr_generator=1e-2, lambda_t=1., lambda_v=0. if mllm else 1., eval_batch=4, **options)
+    config = megl.train.TrainConfig(batch_size=4, lr=1e-3, lr_generator=1e-2, lambda_t=1., lambda_v=0. if mllm else 1., eval_batch=4, compile=sharded, **options)
     history = megl.train.fit(model, train, val, config, f'{sys.argv[1]}/{name}', device='cpu', quiet=True)
     said = megl.train.predict_dataset(model, val.subset(range(4)), rationales=True) # both processes
     spread = {n: [p.numel(), p.to_local().numel()] for n, p in model.named_parameters() if isinstance(p, DTensor)}
@@ -144,7 +146,7 @@ torch.save(found, f"{sys.argv[1]}/{rank}.pt")
 '''
 
 @sharding
-def test_sharded_layers_learn_as_whole_ones(tmp_path):
+def test_sharded_and_compiled_layers_learn_as_whole_ones(tmp_path):
     script = tmp_path/'sharded.py'; script.write_text(SHARDED)
     call('accelerate-launch', '--config_file', 'nbs/params/accelerate_fsdp.yaml', '--num_processes', 2, script, tmp_path)
     both = [torch.load(tmp_path/f'{rank}.pt', weights_only=True) for rank in (0, 1)]
