@@ -622,4 +622,5 @@ d = { 'settings': { 'branch': 'main',
                             'megl.train.shard_frozen': ('train.html#shard_frozen', 'megl/train.py'),
                             'megl.train.sharding': ('train.html#sharding', 'megl/train.py'),
                             'megl.train.term_shares': ('train.html#term_shares', 'megl/train.py'),
-                            'megl.train.trained_state': ('train.html#trained_state', 'megl/train.py')}}}
+                            'megl.train.trained_state': ('train.html#trained_state', 'megl/train.py'),
+                            'megl.train.uncompilable': ('train.html#uncompilable', 'megl/train.py')}}}

@@ -88,7 +88,7 @@ def get_device(
 
 def device_name(
     device: str = 'auto', # see `get_device`
-) -> str: # such as 'cpu', or 'cuda (NVIDIA H200)'
+) -> str: # such as 'cpu', or 'cuda:0 (NVIDIA H200)'
     "What a record of a run says of its device."
     device = get_device(device)
     return f'{device} ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else str(device)

@@ -28,7 +28,7 @@ from .classifiers import _BUILTIN, CLASSIFIERS, WEIGHT_FILES, create_classifier,
 from .data import load_dataset
 from .get import add_data_commands
 from .metrics import VISUAL_SCORES, classification_metrics, iou_scores, missing_scores, text_metrics, visual_metrics
-from .train import PretrainConfig, TrainConfig, bags_of_words, decoder_layers, fit, maps_of, predict_dataset, pretrain_classifier, pretrain_llava, sharding
+from .train import PretrainConfig, TrainConfig, bags_of_words, decoder_layers, fit, maps_of, predict_dataset, pretrain_classifier, pretrain_llava, sharding, uncompilable
 
 # %% ../nbs/13_run.ipynb #98bf376d
 class Method(NamedTuple):
@@ -237,6 +237,7 @@ def make_run(
     train = replace(p.train, seed=seed, visual=on.visual or 'l1', lambda_dc=dc if dc is None else float(dc), **terms,
                     **(dict(epochs=epochs) if epochs else {}) | chosen)
     if not train.lambda_t: train = replace(train, lr_generator=0., compile=False) # there is none
+    if get_device(device).type != 'cuda' and 'compile' not in overrides: train = replace(train, compile=False) # a preset's is for GPUs
     weights, base = '' if on.mllm else _weights(weights, backbone, p.weights), _base(base) if base else p.base
     if weights == 'captions' and not p.pretrain:
         raise ValueError(f"weights 'captions': preset {preset} has no pre-training: name torchvision's weights, or a file")
@@ -349,11 +350,9 @@ def _must_compute(run, supported): # bfloat16 where it is asked for
         raise ValueError(f"{run}: preset {run.preset} computes in bfloat16, which this GPU cannot: take one that can (NVIDIA's since Ampere)")
 
 def _must_compile(run, device): # where layers are to be compiled
-    if not run.train.compile: return
-    try: torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
-    except Exception as e:
-        raise ValueError(f"{run}: torch.compile does not work here ({str(e).strip().splitlines()[0]}). It needs a C compiler and Python's headers "
-                         "(apt-get install gcc python3-dev); of a single run it is turned off by `megl train … -p compile false`") from e
+    if run.train.compile and (problem := uncompilable(device)):
+        raise ValueError(f"{run}: its layers are to be compiled, but torch.compile does not work here ({problem}). It takes a C++ compiler and "
+                         "Python's headers, on Debian and Ubuntu: apt-get install g++ python3-dev; with TORCH_COMPILE_DISABLE=1 nothing is compiled")
 
 def build_model(run: Run, out: Path, classes: list, device='auto'):
     "The run's model before training: MEGL, or MLLM."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'param_groups', 'lr_scale', 'EpochBatches', 'predict_dataset', 'maps_of', 'trained_state',
            'save_checkpoint', 'load_checkpoint', 'sharding', 'decoder_layers', 'shard_frozen', 'compiled',
-           'term_shares', 'fit', 'PretrainConfig', 'random_maps', 'bags_of_words', 'pretrain_llava',
+           'uncompilable', 'term_shares', 'fit', 'PretrainConfig', 'random_maps', 'bags_of_words', 'pretrain_llava',
            'pretrain_classifier']
 
 # %% ../nbs/10_train.ipynb #b00c2cd3
@@ -56,7 +56,7 @@ class TrainConfig:
     workers: int = 0           # processes that load data; no number depends on it, nor does a run's identity
     eval_batch: int = 64       # samples that are predicted, or explained, at once
     precision: str = 'no'      # 'no', 'bf16', 'fp16': accelerate's mixed precision
-    compile: bool = False      # the language model's layers train compiled, see `compiled`
+    compile: bool = False      # the language model's layers are compiled while they train, see `compiled`
     seed: int = 0
 
     def __post_init__(self): # what could only fail later, or silently
@@ -218,11 +218,22 @@ def compiled(
     layers = [] if lm is None else decoder_layers(lm)
     if lm is not None and not layers:
         raise ValueError(f'{type(lm).__name__}: its layers are not known to transformers as such, so they cannot be compiled')
+    layers = [m for m in layers if m._compiled_call_impl is None] # those that are compiled already stay so
     try:
         for m in layers: m.compile()
         yield
     finally:
         for m in layers: vars(m).pop('_compiled_call_impl', None)
+
+def uncompilable(
+    device: torch.device|str, # where it is to compute
+) -> str: # one line; '' if it works
+    "What keeps `torch.compile` from working here."
+    try: torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+    except Exception as e: # of whichever part of the toolchain
+        said = [line for line in str(getattr(e, 'inner_exception', None) or e).splitlines() if line.strip()]
+        return said[0].strip() if said else type(e).__name__
+    return ''
 
 # %% ../nbs/10_train.ipynb #21593b81
 def term_shares(

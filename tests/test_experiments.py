@@ -114,7 +114,8 @@ def test_from_a_coco_folder_to_an_explained_image(coco):
 def test_the_paper_preset_on_a_reduced_checkpoint(tmp_path, backbone, monkeypatch):
     "Real classifiers, a LLaVA of the same classes and files but little width; all else as the preset says, but that no code is generated."
     import torch
-    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='aot_eager'))
+    from torch._dynamo.testing import CompileCounterWithBackend
+    programs = CompileCounterWithBackend('aot_eager'); monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=programs))
     from megl.classifiers import create_classifier
     from megl.data import eval_transform, load_dataset
     from megl.model import MEGL
@@ -127,9 +128,9 @@ def test_the_paper_preset_on_a_reduced_checkpoint(tmp_path, backbone, monkeypatc
     LlavaForConditionalGeneration(small_llava_config(tokenizer)).to(torch.bfloat16).save_pretrained(tmp_path/'llava', max_shard_size='200KB')
     LlavaProcessor(CLIPImageProcessor(size=dict(shortest_edge=48), crop_size=dict(height=48, width=48)), tokenizer, patch_size=8).save_pretrained(tmp_path/'llava')
     torch.save(create_classifier(backbone, 1000).state_dict(), tmp_path/'classifier.pt')
-    run = make_run(tmp_path/'world', backbone, 'megl', 0, 'paper', 1, 'cpu', base=str(tmp_path/'llava'), weights=str(tmp_path/'classifier.pt'), workers=0)
+    run = make_run(tmp_path/'world', backbone, 'megl', 0, 'paper', 1, 'cpu', base=str(tmp_path/'llava'), weights=str(tmp_path/'classifier.pt'), workers=0, compile=True)
     assert run.train.accumulate == 4 and run.train.precision == 'bf16' and run.train.compile and dict(run.generator) == dict(PRESETS['paper'].generator) and dict(run.lora)['r'] == 32
-    assert 'trained' in execute(run, tmp_path, 'cpu')
+    assert 'trained' in execute(run, tmp_path, 'cpu') and programs.frame_count > 1 # of the layers, besides a first try
     p, folder = read_predictions(run_folder(run, tmp_path)/'predictions.parquet'), run_folder(run, tmp_path)/'model'
     assert len(p) == 8 and p.rationale.notna().all() and p.height[0] == dict(resnet18=7, vit_b_16=14)[backbone]
     assert '| accuracy |' in (folder/'README.md').read_text() and json.loads((folder/'run.json').read_text())['id'] == run.id

@@ -77,6 +77,7 @@ def test_form_of_a_notebook(path):
     outputs = [o for c in nb.cells for o in c.get('outputs', [])]
     assert outputs, 'notebooks are committed with their outputs'
     assert not [o for o in outputs if o.output_type == 'error'], 'an error is among the outputs'
+    assert not [o for o in outputs if 'command not found' in str(o.get('text', ''))], 'executed without the environment on PATH'
 
 PARAMETERS = 'preset dataset methods seeds epochs device out_dir force'.split()
 
