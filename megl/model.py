@@ -188,7 +188,7 @@ def from_pretrained(cls: MEGL,
     base: str|dict|None = None, # where the base model is now, if it has moved; of one made of parts, its `vision` and `llm`
     generator: bool = True, # False: the classifier alone; nothing of CLIP or the language model is read
 ): # MEGL, in evaluation mode
-    "Read a model back: the same predictions, maps and texts, bit by bit."
+    "Read a model back: the same weights, and so the same predictions, maps and texts; on a CPU bit by bit."
     folder = local_folder(folder, None if generator else 'generator/*')
     if not (folder/'config.json').exists():
         raise FileNotFoundError(f'{folder}: no config.json: give a folder written by MEGL.save_pretrained')

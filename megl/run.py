@@ -351,7 +351,7 @@ def _must_compute(run, supported): # bfloat16 where it is asked for
 
 def _must_compile(run, device): # where layers are to be compiled
     if run.train.compile and (problem := uncompilable(device)):
-        raise ValueError(f"{run}: its layers are to be compiled, but torch.compile does not work here ({problem}). It takes a C++ compiler and "
+        raise ValueError(f"{run}: the language model's layers are to be compiled, but torch.compile does not work here ({problem}). It takes a C++ compiler and "
                          "Python's headers, on Debian and Ubuntu: apt-get install g++ python3-dev; with TORCH_COMPILE_DISABLE=1 nothing is compiled")
 
 def build_model(run: Run, out: Path, classes: list, device='auto'):

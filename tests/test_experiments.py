@@ -137,7 +137,8 @@ def test_the_paper_preset_on_a_reduced_checkpoint(tmp_path, backbone, monkeypatc
     again = MEGL.from_pretrained(folder)
     assert {q.dtype for q in again.generator.parameters() if not q.requires_grad} == {torch.bfloat16} and {q.dtype for q in again.classifier.parameters()} == {torch.float32}
     images = torch.stack([x.image for x in load_dataset(tmp_path/'world', 'test', eval_transform(again.image_size))])
-    assert again.predict(images).argmax(1).tolist() == p.predicted.tolist() and not list(tmp_path.glob('runs/base-*')) # nothing small was pre-trained in its place
+    told = again.infer(images, rationales=True); assert told.rationales == p.rationale.tolist() # as the trained model said them
+    assert told.probabilities.argmax(1).tolist() == p.predicted.tolist() and not list(tmp_path.glob('runs/base-*')) # nothing small was pre-trained in its place
 
 def test_the_photos_preset_on_reduced_parts(tmp_path):
     "A CLIP and a causal language model by their folders, of little width; all else as the preset says."
