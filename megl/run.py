@@ -805,6 +805,11 @@ def _run(a):
     given |= _values(a.parameters) | (dict(from_predictions=True) if a.from_predictions else {})
     run_notebook(a.experiment, given, a.out_dir or given.get('out_dir') or 'results/runs/smoke')
 
+def _leave(): # one of several processes, all being written
+    # gloo's threads outlive `destroy_process_group` where layers are shared (FSDP2 keeps the group), and one of them that lets go of a tensor
+    # while Python ends would abort the process: https://github.com/pytorch/pytorch/pull/179291
+    sys.stdout.flush(); sys.stderr.flush(); os._exit(0)
+
 def _train(a):
     _own_gpu(a.device); settings = _values(a.settings)
     # these have options of their own
@@ -813,6 +818,7 @@ def _train(a):
                    a.device, a.base, a.weights, **settings)
     done = execute(run, project_root()/a.out_dir, a.device, a.force)
     if int(os.environ.get('RANK', 0)) == 0: print(done, run_folder(run, project_root()/a.out_dir), sep='\n')
+    if _processes() > 1: _leave()
 
 def _explain(a):
     from megl.data import eval_transform, read_image

@@ -33,6 +33,7 @@ from megl.data import load_dataset
 from megl.mllm import MLLM
 from megl.model import MEGL
 from megl.rationale import RationaleGenerator, lora_config
+from megl.run import _leave
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 torch.set_num_threads(1); folder, batch_size = sys.argv[1], int(sys.argv[2])
@@ -66,7 +67,7 @@ def run(mllm=False, **options):
                 weights=list(megl.train.trained_state(model).values()))
 
 found = [run(), run(accumulate=2), run(batch_size=2*batch_size), run(mllm=True)]
-torch.save(found, f"{folder}/{torch.distributed.get_rank() if torch.distributed.is_initialized() else 0}.pt")
+torch.save(found, f"{folder}/{torch.distributed.get_rank() if torch.distributed.is_initialized() else 0}.pt"); _leave()
 '''
 
 def test_two_processes_learn_as_one_with_twice_the_batch(tmp_path):
@@ -101,6 +102,7 @@ from megl.data import load_dataset
 from megl.mllm import MLLM
 from megl.model import MEGL
 from megl.rationale import RationaleGenerator, lora_config
+from megl.run import _leave
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -143,7 +145,7 @@ megl.train._epoch = dies
 try: fit('resumed', epochs=2)
 except KeyboardInterrupt: found['killed'] = True
 megl.train._epoch = epoch; found['megl'].append(fit('resumed', epochs=2)[1])
-torch.save(found, f"{sys.argv[1]}/{rank}.pt")
+torch.save(found, f"{sys.argv[1]}/{rank}.pt"); _leave()
 '''
 
 @sharding
