@@ -6,8 +6,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # The stamp is written last and holds the folder's path. Without it the installation was interrupted; with another path the
-# folder was moved or copied, and its scripts point at the old place. Both start anew.
+# folder was moved or copied, and its scripts point at the old place. Both start anew, as does another Python that is asked for.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+ANEW := yes
+else ifeq ($(origin PYTHON),command line)
+ifneq ($(shell $(PYTHON) -V 2>&1),$(shell $(BIN)/python -V 2>&1))
+ANEW := yes
+endif
+endif
+ifdef ANEW
 CLEAR := --clear
 .PHONY: $(STAMP)
 endif

@@ -85,9 +85,9 @@ def _read_picture(path): # bytes, thumbnail and size; a DataError says what is w
         with Image.open(path, formats=FORMATS) as im:
             if im.width*im.height > (Image.MAX_IMAGE_PIXELS or np.inf): raise ValueError('too many pixels')
             if im.mode[0] in 'IF': raise ValueError(f'more than 8 bits a channel ({im.mode})')
-            size, turn = im.size, im.getexif().get(0x0112, 1); im.load()
-            if turn != 1: im = ImageOps.exif_transpose(im) # upright, as the loader and the builders see it
-            return content, thumbnail(im if im.mode == 'L' else _rgb(im)), size[::-1] if turn in range(5, 9) else size
+            im.load() # which turns a TIFF
+            if im.getexif().get(0x0112, 1) != 1: im = ImageOps.exif_transpose(im) # upright, as the loader and the builders see it
+            return content, thumbnail(im if im.mode == 'L' else _rgb(im)), im.size
     except Exception as e: # Pillow raises many kinds
         raise DataError(f'{path.name}: cannot be decoded ({e})') from None
 

@@ -9,6 +9,7 @@ __all__ = ['WEIGHT_FILES', 'IMAGENET', 'CLASSIFIERS', 'CNNClassifier', 'ResNet',
 # %% ../nbs/04_classifiers.ipynb #db606a5e
 import math, os
 from inspect import signature
+from numbers import Real
 from pathlib import Path
 
 import torch, torch.nn.functional as F
@@ -239,6 +240,10 @@ def check_classifier(
     if missing: raise TypeError(f"classifier {name} lacks {', '.join(missing)}")
     if not isinstance(model.head, nn.Linear):
         raise TypeError(f"{name}.head must be an nn.Linear, not {type(model.head).__name__}")
+    for k in ('mean', 'std'):
+        v = getattr(model, k)
+        if not (isinstance(v, (tuple, list)) and len(v) == 3 and all(isinstance(x, Real) for x in v)):
+            raise TypeError(f'{name}.{k} must be three numbers, as (0.485, 0.456, 0.406), not {v!r}')
     with torch.no_grad(), evaluating(model):
         x = torch.linspace(-1, 1, model.image_size, device=model.head.weight.device, dtype=model.head.weight.dtype).expand(1, 3, model.image_size, -1)
         f = model.features(x)
@@ -251,6 +256,12 @@ def check_classifier(
         raise TypeError(f"{name}.pool must give (B, {model.head.in_features}) as its head says, not {tuple(p.shape)}")
     if not p.is_meta and not (logits.shape == model.head(p).shape and torch.allclose(logits, model.head(p), rtol=1e-3, atol=1e-4)):
         raise TypeError(f"{name}.forward must be head(pool(features(images))): what predicts is what the map explains")
+    if p.is_meta: return model
+    with torch.no_grad(), evaluating(model), torch.random.fork_rng([x.device] if x.is_cuda else []):
+        for m in model.modules(): m.training = not isinstance(m, nn.modules.batchnorm._BatchNorm) # it would take x into its statistics
+        torch.manual_seed(0); whole = model(x); torch.manual_seed(0); parts = model.head(model.pool(model.features(x)))
+    if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-4):
+        raise TypeError(f"{name}.forward must be head(pool(features(images))) in training too: dropout before the head belongs into pool")
     return model
 
 def create_classifier(

@@ -79,9 +79,10 @@ def evaluating(
 def get_device(
     device: str = 'auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 ) -> torch.device: # the device to use
-    "`auto` takes CUDA, then Apple's MPS, then the CPU; any other name must be available."
+    "`auto` takes CUDA, then Apple's MPS, then the CPU; any other name must be available. Of the processes that a launcher started on one machine, each takes its own GPU."
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if device == 'cuda' and 'LOCAL_RANK' in os.environ: device = f"cuda:{os.environ['LOCAL_RANK']}"
     try: return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device {device!r} is not available here ({str(e).splitlines()[0]}): use 'auto' or 'cpu'") from None

@@ -314,7 +314,10 @@ class Dataset(torch_data.Dataset):
 def _toy_root(name): # the folder of a toy world, drawn if it is not there
     from megl import toy
     root = project_root()/'data'/name
-    if not (root/'dataset.json').exists(): toy.build(name, root)
+    try:
+        if not (root/'dataset.json').exists(): toy.build(name, root)
+    except DataError:
+        if not (root/'dataset.json').exists(): raise # else another process has drawn it meanwhile
     if _read_info(root).get('builder') != toy.builder_id(name):
         raise DataError(f'{root}: was drawn by another version of megl.toy: remove the folder and it is drawn anew')
     return root

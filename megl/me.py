@@ -43,7 +43,7 @@ def _split_files(folder, forms): # (form, files that are there, names of those t
 
 def _absent(folder, forms, visual): # what the source can have and this folder lacks
     maps = [] if _maps_of(Path(folder), visual) else [f'maps ({visual or "visual"}/**/*.npy)']
-    return _split_files(Path(folder), forms)[2] + maps
+    return [n for n in _split_files(Path(folder), forms)[2] if n != 'actX_val.json'] + maps # which that form does not have
 
 def _maps_of(folder, visual): # name without suffix → map file
     if visual and not Path(visual).is_dir(): raise DataError(f'{visual}: no such folder of maps: correct visual')

@@ -34,7 +34,7 @@ def _labelled(labels, predictions, num_classes): # both as integer arrays
         raise ValueError(f'{len(y)} labels and {len(p)} predictions: one of each per sample')
     if not all(np.issubdtype(a.dtype, np.integer) and a.min() >= 0 and a.max() < num_classes for a in (y, p)):
         raise ValueError(f'labels and predictions must be integers from 0 to {num_classes-1}')
-    return y, p
+    return y.astype(np.int64), p.astype(np.int64) # bytes would overflow
 
 def classification_metrics(
     labels, # (N,) true classes, 0 … num_classes−1

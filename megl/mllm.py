@@ -118,7 +118,7 @@ class MLLM(nn.Module):
         order: str = 'rationale first', # one of ORDERS; for mode 'cot'
     ):
         super().__init__()
-        self.generator, self.classes, self.names = generator, list(classes), [str(n).strip() for n in names or classes]
+        self.generator, self.classes, self.names = generator, [str(c) for c in classes], [str(n).strip() for n in names or classes]
         self.mode, self.order = choose('mode', mode, MODES), choose('order', order, ORDERS)
         if len(self.names) != len(self.classes): raise ValueError(f'{len(self.names)} names for {len(self.classes)} classes: give one each')
         if not all(self.names): raise ValueError(f'class {self.names.index("")} has an empty name: a language model cannot answer it')
@@ -136,7 +136,7 @@ class MLLM(nn.Module):
         return tok(self.generator.space + text, add_special_tokens=False).input_ids + [tok.eos_token_id]
 
     def look(self, images): # (B, 3, H, W) in [0, 1] → (B, N, D): V, of the whole image
-        images = unit_images(images, self.generator.pixel_mean.device)
+        images = unit_images(images, self.generator.pixel_mean)
         return self.generator.image_tokens(images, images.new_ones(len(images), 1, 1))
 
     def ask(self,

@@ -26,13 +26,13 @@ ROUTES = ('full', 'held', 'cut')
 
 def unit_images(
     images: torch.Tensor, # (B, 3, H, W) float in [0, 1], or uint8
-    device: torch.device,
-) -> torch.Tensor: # (B, 3, H, W) float in [0, 1], on the device
+    like: torch.Tensor, # of the model
+) -> torch.Tensor: # (B, 3, H, W) in [0, 1], on the device and in the precision of `like`
     "Images as models take them; bytes become [0, 1]."
     if images.dtype == torch.uint8: images = images/255
     if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f'images must be (B, 3, H, W), float in [0, 1] or uint8, not {tuple(images.shape)} {images.dtype}')
-    return images.to(device)
+    return images.to(like)
 
 class MeglOutput(NamedTuple):
     "What a forward pass gives; what was not asked for is None."
@@ -53,7 +53,7 @@ class MEGL(nn.Module):
         if generator is not None and generator.feature_dim != classifier.head.in_features:
             raise ValueError(f'the generator expects features of width {generator.feature_dim}, the classifier gives {classifier.head.in_features}')
         self.classifier, self.generator = classifier, generator
-        self.classes = list(classes or map(str, range(classifier.head.out_features)))
+        self.classes = [str(c) for c in (range(classifier.head.out_features) if classes is None else classes)]
         if len(self.classes) != classifier.head.out_features:
             raise ValueError(f'{len(self.classes)} class names for a classifier of {classifier.head.out_features} classes: give one each')
         self.image_size = image_size or max(m.image_size for m in (classifier, generator) if m is not None)
@@ -64,7 +64,7 @@ class MEGL(nn.Module):
     ) -> torch.Tensor: # (B, 3, S, S), normalised
         "The images as the classifier reads them."
         side = self.classifier.image_size
-        if images.shape[-2:] != (side, side): images = F.interpolate(images, (side, side), mode='bilinear', antialias=True)
+        if images.shape[-2:] != (side, side): images = F.interpolate(images.float(), (side, side), mode='bilinear', antialias=True).to(images.dtype)
         return (images - self.mean)/self.std
 
     def forward(self,
@@ -76,7 +76,8 @@ class MEGL(nn.Module):
         feature_route: bool = True, # does the rationale's gradient reach the classifier through its pooled feature?
     ) -> MeglOutput:
         "Logits; maps with their graph; the rationales' loss through the maps."
-        images = unit_images(images, self.mean.device)
+        images = unit_images(images, self.mean)
+        if texts is not None and (isinstance(texts, str) or len(texts) != len(images)): raise ValueError(f'{len(images)} images need a list of as many rationales, not {texts!r}')
         x, held = self.pixels(images), choose('map_route', map_route, ROUTES) == 'held'
         if not maps and texts is None: return MeglOutput(self.classifier(x))
         cam = cam_forward(self.classifier, x, labels, create_graph=torch.is_grad_enabled(), hold_weights=held)
@@ -113,7 +114,7 @@ def infer(self: MEGL,
     max_new_tokens: int = 40, # of a rationale
 ) -> Inference:
     "Probabilities and maps of a batch in evaluation mode, and rationales where asked for."
-    images = unit_images(images, self.mean.device)
+    images = unit_images(images, self.mean)
     with evaluating(self):
         cam = cam_forward(self.classifier, self.pixels(images))
         said = self._generator().generate(images, cam.maps, cam.pooled, max_new_tokens) if rationales else None
@@ -154,6 +155,9 @@ def model_card(
             f'# {title}\n\n{about}\n\n' + (f'| measured | value |\n|---|---|\n{rows}\n' if numbers else 'No measured numbers were given.\n\n')
             + f'{note}\n\n'*bool(note) + f'```python\n{usage}\n```\n')
 
+def _owned(state): # a weight of two names is written under both
+    return {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+
 def _about(model): # title, about and usage of its card
     c, g = model.classifier, model.generator; base = None if g is None else g.base
     own = '' if model.image_size == c.image_size else f', which the classifier reads at {c.image_size}'
@@ -174,10 +178,10 @@ def save_pretrained(self: MEGL,
     if not hasattr(c, 'registered_name'):
         raise ValueError(f'{type(c).__name__} has no name to be made by again: register_classifier, then create_classifier')
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in c.state_dict().items()}, folder/'classifier.safetensors')
+    save_file(_owned(c.state_dict()), folder/'classifier.safetensors')
     if g is not None: g.save_pretrained(folder/'generator')
     config = dict(classifier=c.registered_name, classes=self.classes, image_size=self.image_size,
-                  preprocessing=dict(image_size=c.image_size, mean=list(c.mean), std=list(c.std)), generator=None if g is None else g.config())
+                  preprocessing=dict(image_size=c.image_size, mean=[*map(float, c.mean)], std=[*map(float, c.std)]), generator=None if g is None else g.config())
     write_atomic(folder/'config.json', json.dumps(config, indent=1))
     if manifest is not None: write_atomic(folder/'run.json', json.dumps(manifest, indent=1))
     write_atomic(folder/'README.md', model_card(*_about(self), card, note, None if g is None else g.base))
@@ -246,7 +250,7 @@ def export_torchvision(
     name = getattr(classifier, 'registered_name', type(classifier).__name__)
     if name not in ('resnet18', 'vit_b_16'):
         raise ValueError(f"{name} is not a torchvision model: create_classifier's resnet18 and vit_b_16 are")
-    save_file({k: v.contiguous() for k, v in classifier.state_dict().items()}, path)
+    save_file(_owned(classifier.state_dict()), path)
 
 class _Deployed(nn.Module): # pixels in [0, 1] → probabilities
     def __init__(self, c):
@@ -262,8 +266,8 @@ def export_onnx(
     if torch.__version__ < '2.7': raise RuntimeError(f'export to ONNX needs torch 2.7 or newer, this is {torch.__version__}')
     try: import onnxscript # noqa: F401
     except ImportError: raise ImportError('export to ONNX needs two more packages: pip install onnx onnxscript') from None
-    model = _Deployed(copy.deepcopy(classifier)).eval()
-    x = torch.rand(2, 3, classifier.image_size, classifier.image_size).to(model.mean.device)
+    model = _Deployed(copy.deepcopy(classifier).cpu()).eval()
+    x = torch.rand(2, 3, classifier.image_size, classifier.image_size)
     torch.onnx.export(model, (x,), str(path), input_names=['images'], output_names=['probabilities'], dynamo=True, verbose=False,
                       dynamic_shapes=({0: torch.export.Dim('batch', max=2**20)},), external_data=False) # torch 2.7 wants an upper end
     return Path(path)

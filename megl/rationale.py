@@ -8,7 +8,7 @@ __all__ = ['QUESTION', 'IMAGE', 'LORA', 'DOWNLOADS', 'TOWERS', 'weight_image', '
            'memory_estimate', 'memory_advice']
 
 # %% ../nbs/07_rationale.ipynb #c5cd60cc
-import copy, math, re
+import copy, math, re, shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -396,6 +396,7 @@ def save_pretrained(self: RationaleGenerator,
     folder, tuned = Path(folder), self.tuned
     folder.mkdir(parents=True, exist_ok=True)
     if tuned: self.llava.save_pretrained(folder/'adapter')
+    else: shutil.rmtree(folder/'adapter', ignore_errors=True) # of another model that was saved here
     save_file({k: v.contiguous() for k, v in self.w_i.state_dict().items()}, folder/'w_i.safetensors')
     if self.base is None or not tuned:
         plain = copy.deepcopy(self.llava).unload() if tuned else self.llava
@@ -437,6 +438,7 @@ def from_saved(cls: RationaleGenerator,
     if isinstance(base, dict) and isinstance(named, dict): base = named | base # the layer that is read stays
     try: made = cls.from_pretrained(base or named or Path(folder)/'base', lora=False, **kw)
     except OSError as e: raise OSError(f'{e}; if the base model has moved, say where it is with base=…') from None
+    if not (base or named): made.base = None # it lies in this folder and is saved with the model again
     return made.load_trained(folder)
 
 # %% ../nbs/07_rationale.ipynb #2c791d3b

@@ -417,7 +417,7 @@ def show_table(
 # %% ../nbs/12_report.ipynb #d329d14b
 _TEX = {'\\': r'\textbackslash{}', **{c: '\\' + c for c in '&%$#_{}'}, '~': r'\textasciitilde{}',
         '^': r'\textasciicircum{}', '±': r'$\pm$', '×': r'$\times$', '−': '$-$', '–': '--', '≤': r'$\le$',
-        '≥': r'$\ge$', 'λ': r'$\lambda$', 'ρ': r'$\rho$', '·': r'$\cdot$',
+        '≥': r'$\ge$', 'λ': r'$\lambda$', 'ρ': r'$\rho$', '·': r'$\cdot$', '✓': r'$\surd$', '✗': r'$\times$',
         **{c: f'$^{i}$' for i, c in enumerate('⁰¹²³⁴⁵⁶⁷⁸⁹')}}
 
 def tex(
@@ -457,7 +457,7 @@ def _file_name(name):
     if not re.fullmatch(r'[\w-]+', name): raise ValueError(f'use a name of letters, digits, - and _, not {name!r}')
 
 _HEADS = dict(p='p (larger of images, seeds)', p_images='p, images', p_bootstrap='p, bootstrap', p_t='p, seeds (t)', p_holm='p, Holm',
-              p_seeds='p, seeds (sign flips)', p_min='smallest such p', effect="Cohen's d_z",
+              p_seeds='p, seeds (sign flips)', p_min='smallest such p', effect="Cohen's d_z", p_interval='p, interval', p_all='p, Holm over all', by_interval='verdict by the interval',
               low='95 % from', high='95 % to', p_claim='p, Holm in the claim') # of columns whose key says too little
 
 def readable(
@@ -686,8 +686,11 @@ def plot_methods(
     metric: str, # which metric
     confidence: float = .95, # of the intervals
 ) -> plt.Figure: # a panel for each dataset; methods from top to bottom in their fixed order, backbone by backbone
-    "Methods compared on one metric: seeds as points, mean and interval over seeds."
-    df = tidy(df); df = df[(df.metric == choose('metric', metric, df.metric.unique())) & df.value.notna()]
+    "Methods compared on one metric: seeds as points, mean and interval over seeds; the reasons, where there is no value."
+    df = tidy(df); df = df[df.metric == choose('metric', metric, df.metric.unique())]
+    if df.value.isna().all(): # for a reason
+        fig = figure(5, .6); fig.text(.5, .5, '\n'.join([f'no {display_name("metric", metric)}', *sorted(set(df.reason.dropna()))]), ha='center', va='center'); return fig
+    df = df[df.value.notna()]
     datasets, found = (sorted(set(df[c]), key=lambda k: rank(c, k)) for c in ('dataset', 'backbone'))
     lines = [x for b in found for x in [(b, None), *((b, m) for m in sorted(set(df.method[df.backbone == b]), key=lambda m: rank('method', m)))]]
     fig = figure(1.6 + 3.2*len(datasets), .7 + .26*len(lines), layout='constrained')

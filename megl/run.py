@@ -206,7 +206,7 @@ class Run:
         base = {k: _content(v) for k, v in self.base.items()} if isinstance(self.base, dict) else _content(self.base)
         asked = {k: v for k, v in told(self).items() if k not in ('dataset', *but)}
         # no number depends on workers
-        return stable_hash(asked | dict(seed=self.seed, llava=(), base=base, weights=_content(self.weights),
+        return stable_hash(asked | dict(seed=self.seed, llava=(), base=base, weights=_content(self.weights) if Path(self.weights).is_absolute() else self.weights,
                                         train=told(replace(self.train, workers=0))))
     @property
     def seed(self): return self.train.seed
@@ -232,6 +232,7 @@ def make_run(
     on = METHODS[choose('method', method, METHODS)]; choose('backbone', backbone, backbones_of(method, CLASSIFIERS))
     p = PRESETS[choose('preset', preset, PRESETS)]
     chosen = {**p.tuned.get((backbone, method.removesuffix('-class-first')), {}), **overrides}
+    TrainConfig(**{k: v for k, v in chosen.items() if k.startswith('lambda_')}) # numbers, also of a term that the method does not have
     terms = dict(lambda_t=float(chosen.pop('lambda_t', 1.)*on.text), lambda_v=float(chosen.pop('lambda_v', 1.)*bool(on.visual)))
     dc = chosen.pop('lambda_dc', None) if on.consistency else chosen.pop('lambda_dc', 0.)*0.
     train = replace(p.train, seed=seed, visual=on.visual or 'l1', lambda_dc=dc if dc is None else float(dc), **terms,
@@ -261,7 +262,7 @@ def _weights(text, backbone, usual): # of one backbone
     # pre-training here is for the small ones; one's own brings its weights itself
     small, own = backbone in ('resnet_tiny', 'vit_tiny'), backbone not in _BUILTIN
     usual = '' if own or usual == 'captions' and not small else usual
-    found = local_path(named.get(backbone) or usual)
+    found = named.get(backbone) or usual; found = found if found in ('none', 'captions') else local_path(found) # also beside a folder of that name
     if not Path(found).is_file() and (os.sep in found or Path(found).suffix in WEIGHT_FILES):
         raise ValueError(f"weights {found!r}: no such file where the program runs or at the project's root")
     return '' if found == 'none' else found
@@ -484,10 +485,6 @@ def metrics_of(
     return found
 
 # %% ../nbs/13_run.ipynb #f64c1af5
-def _own_gpu(device): # of several processes that train together, each takes its own
-    if device in ('auto', 'cuda') and torch.cuda.is_available() and 'LOCAL_RANK' in os.environ:
-        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-
 def _alone(folder, run): # one at a time; the processes of a second launch would wait for each other
     lock = FileLock(folder/'lock', timeout=0 if _processes() > 1 else -1)
     try: return lock.acquire()
@@ -508,7 +505,7 @@ def execute(
     force: bool = False, # train again even if finished
 ) -> str: # one line about what was done
     "Train, predict on the test split, and store. A finished run is left alone; an unfinished one is continued."
-    device = device or run.device; _own_gpu(device); out = Path(out); folder = run_folder(run, out)
+    device = device or run.device; out = Path(out); folder = run_folder(run, out)
     folder.mkdir(parents=True, exist_ok=True)
     first = int(os.environ.get('RANK', 0)) == 0 # of the processes that train this run together
     last, kept = folder/'last.pt', folder/'predictions.parquet'
@@ -768,6 +765,7 @@ def run_notebook(
 ) -> Path: # the executed notebook
     "Execute an experiment notebook by papermill, its output shown as it comes. Raises `NotebookError` where a cell fails."
     import papermill as pm
+    from nbclient.exceptions import DeadKernelError
     path = experiments()[choose('experiment', name, experiments())]
     declared = pm.inspect_notebook(path)
     for k in parameters: choose(f'parameter of {path.name}', k, declared)
@@ -779,6 +777,7 @@ def run_notebook(
                              progress_bar=False, stdout_file=sys.stdout, extra_arguments=['--log-level=CRITICAL']) # of the kernel, whose log would stand between the lines
     except pm.PapermillExecutionError as e:
         raise NotebookError(f'{path.name}, cell {e.exec_count}: {e.ename}: {e.evalue}\nthe executed notebook, with the traceback: {done}') from None
+    except DeadKernelError: raise NotebookError(f'{path.name}: its kernel died, which mostly is for want of memory; the notebook as far as it came: {done}') from None
     return done
 
 # %% ../nbs/13_run.ipynb #32210133
@@ -794,15 +793,21 @@ def _suite(a): # several notebooks, each with the parameters that it has
     print('written:', *(str(p) for d in ('tables', 'figures') for p in sorted((out/d).glob('*')) if p.stem.split('_')[0] in a.suite or p.stem in a.suite), sep='\n  ')
     print(f'{(time.time()-began)/60:.1f} minutes')
 
-def _values(pairs): # of -p NAME VALUE
+def _yaml(text, what):
     import yaml
+    try: return yaml.safe_load(text)
+    except yaml.YAMLError as e: raise ValueError(f'{what}: no YAML ({" ".join(str(e).split())})') from None
+
+def _values(pairs, texts): # of -p NAME VALUE; those of `texts` stay as they are, or "no" would be False
     number = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+', re.I) # 1e-3 is text to YAML
-    return {k: float(v) if number.fullmatch(v) else yaml.safe_load(v) for k, v in pairs or []}
+    return {k: v if k in texts else float(v) if number.fullmatch(v) else _yaml(v, f'-p {k} {v}') for k, v in pairs or []}
 
 def _run(a):
-    import yaml
-    given = {} if a.file is None else yaml.safe_load(Path(a.file).read_text(encoding='utf-8'))
-    given |= _values(a.parameters) | (dict(from_predictions=True) if a.from_predictions else {})
+    import papermill as pm
+    declared = pm.inspect_notebook(experiments()[choose('experiment', a.experiment, experiments())])
+    given = {} if a.file is None else _yaml(Path(a.file).read_text(encoding='utf-8'), a.file)
+    if not isinstance(given, dict): raise ValueError(f'{a.file}: must hold lines NAME: VALUE, the parameters of {a.experiment}')
+    given |= _values(a.parameters, [k for k, p in declared.items() if p['inferred_type_name'] == 'str']) | (dict(from_predictions=True) if a.from_predictions else {})
     run_notebook(a.experiment, given, a.out_dir or given.get('out_dir') or 'results/runs/smoke')
 
 def _leave(): # one of several processes, all being written
@@ -811,9 +816,10 @@ def _leave(): # one of several processes, all being written
     sys.stdout.flush(); sys.stderr.flush(); os._exit(0)
 
 def _train(a):
-    _own_gpu(a.device); settings = _values(a.settings)
+    settings = _values(a.settings, [f.name for f in fields(TrainConfig) if f.type is str])
     # these have options of their own
     for k in settings: choose('setting', k, [f.name for f in fields(TrainConfig) if f.name not in ('seed', 'epochs', 'visual')])
+    if a.backbone: choose('backbone', a.backbone, backbones_of(choose('method', a.method, METHODS), CLASSIFIERS))
     run = make_run(a.dataset, *backbones_of(a.method, (a.backbone or PRESETS[a.preset].backbones[0],)), a.method, a.seed, a.preset, a.epochs,
                    a.device, a.base, a.weights, **settings)
     done = execute(run, project_root()/a.out_dir, a.device, a.force)
@@ -824,12 +830,15 @@ def _explain(a):
     from megl.data import eval_transform, read_image
     from megl.model import MEGL
     from megl.report import explanation_figure
-    device = get_device(a.device)
+    from matplotlib.backend_bases import FigureCanvasBase
+    device, out = get_device(a.device), Path(a.out); out = out if out.suffix else out.with_suffix('.png')
+    choose('kind of picture', out.suffix[1:], FigureCanvasBase.filetypes)
+    if not out.parent.is_dir(): raise FileNotFoundError(f'{out.parent}: no such folder: make it, or give another --out')
     model = MEGL.from_pretrained(local_path(a.model), _base(a.base) if a.base else None).to(device); image = read_image(a.image)
     e = model.explain(eval_transform(model.image_size)(image)[None].to(device))[0]
     print(f'{e.label} ({e.probability:.2f})' + (f': {e.rationale}' if e.rationale else ''))
     column = dict(title='map', map=e.map.cpu(), predicted=e.label, rationale=e.rationale)
-    explanation_figure([dict(image=image, label=None, annotation=None, columns=[column])]).savefig(a.out, bbox_inches='tight'); print(a.out)
+    explanation_figure([dict(image=image, label=None, annotation=None, columns=[column])]).savefig(out, bbox_inches='tight'); print(out)
 
 # %% ../nbs/13_run.ipynb #ef21c058
 def _count(text): # of seeds

@@ -364,13 +364,16 @@ def read_annotators(
     paths: list, # map files of one picture, of one size: .npy (H, W) or (annotators, H, W), or 8-bit grey pictures
 ) -> np.ndarray|None: # (annotators, H, W) uint8; None if it is zero everywhere
     "The maps of one picture, one annotator each. Raises `DataError` for anything but finite values of at least zero."
-    stack = []
+    stack, bytes_alone = [], True
     for path in paths:
-        a = _annotations(path); a = a.astype(np.float64) / (255 if a.dtype == np.uint8 else 1)
+        a = _annotations(path); bytes_alone &= a.dtype == np.uint8; a = a.astype(np.float64) / (255 if a.dtype == np.uint8 else 1)
         if not (np.isfinite(a).all() and a.min() >= 0): raise DataError(f'{path}: a map has NaN or negative values')
         if stack and a.shape[1:] != stack[0].shape[1:]: raise DataError(f'{path}: has another size than {paths[0]}')
         stack.append(a / max(1., a.max()))
-    whole = np.concatenate(stack); return np.rint(255*whole).astype(np.uint8) if whole.max() > 0 else None
+    whole = np.concatenate(stack)
+    if not whole.max() > 0: return None
+    if whole.max() < 1/2 and not bytes_alone: whole = whole/whole.max() # or little would be left of a density, whose cells sum to 1
+    return np.rint(255*whole).astype(np.uint8)
 
 def _fits(size, h, w): return abs(size[1]*h/(size[0]*w) - 1) <= .05 # has a map the proportions of an h × w picture?
 

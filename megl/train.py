@@ -9,7 +9,7 @@ __all__ = ['TrainConfig', 'param_groups', 'lr_scale', 'EpochBatches', 'predict_d
            'pretrain_classifier']
 
 # %% ../nbs/10_train.ipynb #b00c2cd3
-import math, os, sys, time
+import math, os, sys, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -62,6 +62,7 @@ class TrainConfig:
     def __post_init__(self): # what could only fail later, or silently
         for f in fields(self):
             v = getattr(self, f.name)
+            if isinstance(v, np.generic): v = v.item(); object.__setattr__(self, f.name, v) # a checkpoint holds none of NumPy's
             kind, word = {int: (Integral, 'a whole number'), bool: (bool, 'true or false'), str: (str, 'a name')}.get(f.type, (Real, 'a number'))
             if not (isinstance(v, kind) and isinstance(v, bool) == (f.type is bool) or v is None is f.default):
                 raise ValueError(f'{f.name} is {v!r}: it must be {word}')
@@ -139,7 +140,7 @@ def predict_dataset(
         rows += [dict(id=i, label=y, predicted=int(p.argmax()), probabilities=p.tolist(), map=m, height=h, width=w, alive=a, rationale=t, answer=s)
                  for i, y, p, m, a, t, s in zip(batch['ids'], batch['labels'].tolist(), out.probabilities.float().cpu(), maps,
                     none if out.alive is None else out.alive.tolist(), out.rationales or none, out.answers or none)]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=['id', 'label', 'predicted', 'probabilities', 'map', 'height', 'width', 'alive', 'rationale', 'answer'])
 
 def maps_of(
     predictions: pd.DataFrame, # of `predict_dataset`
@@ -312,8 +313,30 @@ def _identity(model, train, val, config, world): # what a checkpoint belongs to
     data = lambda ds: stable_hash([ds.fingerprint, [r['id'] for r in ds.records]])
     trained = stable_hash([[n, list(p.shape)] for n, p in model.named_parameters() if p.requires_grad])
     return {'config': asdict(replace(config, workers=0)), 'training data': data(train), 'validation data': data(val),
-            'class names': stable_hash(train.classes),
+            'class names': stable_hash(train.classes), 'model': stable_hash(_about(model)),
             'trained parameters': trained, 'number of processes': world}
+
+def _about(model): # what it is, but for its weights and for where its base lies
+    c, g = getattr(model, 'classifier', None), model.generator
+    about = {k: getattr(model, k) for k in ('image_size', 'mode', 'order', 'names') if hasattr(model, k)}
+    if c is not None: about |= dict(classifier=getattr(c, 'registered_name', type(c).__name__), reads=c.image_size, pixels=[*map(float, (*c.mean, *c.std))])
+    return about | ({} if g is None else {k: v for k, v in g.config().items() if k not in ('base', 'checkpointing')})
+
+def _must_fit_together(model, train, val, config): # raise a ValueError where that would fail late, or not at all
+    if config.lambda_t and model.generator is None: raise ValueError('lambda_t is above 0 but the model has no generator')
+    if not hasattr(model, 'classifier'):
+        if not config.lambda_t: raise ValueError('a multimodal language model learns from texts alone: give lambda_t a value above 0')
+        if config.lambda_v or config.weight_dc or config.visual == 'res-l':
+            raise ValueError('a multimodal language model has no maps: leave lambda_v and lambda_dc at 0, and visual as it is')
+    for name, ds in (('training', train), ('validation', val)):
+        if not len(ds): raise ValueError(f'no {name} samples: fit needs at least one')
+    numbered = list(model.classes) == [str(i) for i in range(len(train.classes))] # was given no names
+    for who, own, of, other in (('model', model.classes, 'training samples', train.classes), ('validation samples', val.classes, 'training samples', train.classes)):
+        if list(own) == list(other) or who == 'model' and numbered: continue
+        odd = next((i for i, (a, b) in enumerate(zip(own, other)) if a != b), min(len(own), len(other)))
+        named = lambda names: repr(names[odd]) if odd < len(names) else 'none'
+        raise ValueError(f'the {who} and the {of} differ in their classes, {len(own)} and {len(other)}: class {odd} is {named(own)} and {named(other)}. '
+                         'Give the model the classes of the data, in their order, and take both splits from one dataset')
 
 def _differences(recorded, own): # of two identities, each in words; the config's fields one by one
     recorded, own = ({**{k: v for k, v in i.items() if k != 'config'}, **i.get('config', {})} for i in (recorded, own))
@@ -364,16 +387,14 @@ def fit(
     quiet: bool = False, # print no line per epoch
 ) -> pd.DataFrame: # a row an epoch: epoch; means of pred, text, visual, dc, loss and of dead maps, as far as there are any; val_accuracy, val_miou, seconds
     """Train `model` in place and leave it with its best weights, in evaluation mode, on the device. If `folder` holds this run's finished checkpoint, its best weights are loaded and nothing is trained.
-    Raises `FloatingPointError` where a term is not finite, `ValueError` where the checkpoint belongs to another run."""
-    if config.lambda_t and model.generator is None: raise ValueError('lambda_t is above 0 but the model has no generator')
-    if not config.lambda_t and not hasattr(model, 'classifier'):
-        raise ValueError('a multimodal language model learns from texts alone: give lambda_t a value above 0')
-    for name, ds in (('training', train), ('validation', val)):
-        if not len(ds): raise ValueError(f'no {name} samples: fit needs at least one')
+    Raises `FloatingPointError` where a term is not finite, `ValueError` where the checkpoint belongs to another run, or model and data do not fit together."""
+    _must_fit_together(model, train, val, config)
     progress = sys.stderr.isatty() if progress is None else progress
     set_seed(config.seed); device, shard = get_device(device), sharding() # before accelerate looks for the launcher's flag
     accelerator = _accelerator(model, config, device)
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    if world > 1 and config.visual == 'res-l' and not config.lambda_t and model.generator is not None: # which DDP cannot follow
+        raise ValueError('RES-L in several processes: give the model no generator where lambda_t is 0')
     shard = shard and world > 1 and model.generator is not None and model.generator.tuned
     together = shard and not hasattr(model, 'classifier') # sharded layers answer only where all processes ask
     train = train.with_transform(train_transform(model.image_size)); loader = _loader(train, config, accelerator)
@@ -446,7 +467,9 @@ def bags_of_words(
     import re
     from collections import Counter
     split = [set(re.findall(r'\w+', t.lower())) for t in texts]; count = Counter(w for s in split for w in s)
-    words = sorted(w for w, c in count.items() if least <= c < len(texts)); index = {w: i for i, w in enumerate(words)}
+    words = sorted(w for w, c in count.items() if least <= c < len(texts))
+    if not words: warnings.warn(f'no word occurs in {least} or more of the {len(texts)} texts, and not in all: nothing is learned from words')
+    index = {w: i for i, w in enumerate(words)}
     bags = torch.zeros(len(texts), len(words))
     for i, s in enumerate(split): bags[i, [index[w] for w in s if w in index]] = 1.
     return words, bags

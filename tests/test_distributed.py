@@ -11,10 +11,13 @@ ENV = {k: v for k, v in ENV.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RA
 
 sharding = pytest.mark.skipif(torch.__version__ < '2.7', reason='sharding needs torch 2.7') # a TorchVersion, which compares as versions do
 
-def start(*args): return subprocess.Popen([BIN/args[0], *map(str, args[1:])], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(*args): return subprocess.Popen([BIN/args[0], *map(str, args[1:])], env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 def call(*args): # what a command of this environment prints
-    run = start(*args); out, err = run.communicate(timeout=600)
+    run = start(*args)
+    try: out, err = run.communicate(timeout=600)
+    finally:
+        if run.poll() is None: os.killpg(run.pid, signal.SIGKILL) # with all that it has started
     assert run.returncode == 0, out[-3000:] + err[-3000:]
     return out
 
@@ -179,8 +182,8 @@ def test_sharded_layers_learn_as_whole_ones(tmp_path):
 WHOLE = '--multi_gpu', '--num_processes', 2, '--num_machines', 1, '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', 0
 SPREAD = '--config_file', 'nbs/params/accelerate_fsdp.yaml', '--num_processes', 2
 
-def launch(out, how=WHOLE, method='megl', epochs=3):
-    return ('accelerate-launch', *how, '-m', 'megl.train', 'toy-object', '--method', method, '--backbone', 'vit_tiny', '--epochs', epochs, '--device', 'cpu', '--out-dir', out)
+def launch(out, how=WHOLE, method='megl', epochs=5):
+    return ('accelerate-launch', *how, '-m', 'megl.train', 'toy-object', '--method', method, *(('--backbone', 'vit_tiny') if method == 'megl' else ()), '--epochs', epochs, '--device', 'cpu', '--out-dir', out)
 
 def results(out):
     folder, = (p.parent for p in out.glob('runs/*/run.json'))
@@ -195,7 +198,7 @@ def test_accelerate_launch_gives_a_finished_run(whole):
     out, said = whole; folder, predictions, weights = results(out)
     assert said.split('\n')[0].startswith('toy-object vit_tiny megl seed 0: trained in') and said.split('\n')[1:] == [str(folder), ''] # said once
     assert {p.name for p in folder.iterdir()} == {'run.json', 'history.csv', 'predictions.parquet', 'model', 'lock'}
-    assert len(weights) > 1 and predictions.rationale.notna().all() and len(pd.read_csv(folder/'history.csv')) == 3
+    assert len(weights) > 1 and predictions.rationale.notna().all() and len(pd.read_csv(folder/'history.csv')) == 5
     assert json.loads((folder/'run.json').read_text())['run']['train']['lambda_t'] == 1
     assert 'reused' in call(*launch(out)) # and nothing hangs
 

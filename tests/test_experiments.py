@@ -11,7 +11,7 @@ ENV = os.environ | dict(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", OMP_NUM_T
 
 def call(*args, cwd=ROOT, check=True):
     "Run a command of this environment; its output is shown if it fails."
-    run = subprocess.run([BIN/args[0], *map(str, args[1:])], cwd=cwd, env=ENV, capture_output=True, text=True)
+    run = subprocess.run([BIN/args[0], *map(str, args[1:])], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=1200)
     assert not check or run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     return run
 
