@@ -180,7 +180,7 @@ def test_the_classes_are_chosen_on_the_command_line(tmp_path):
     (tmp_path/'source').mkdir(); action_me(tmp_path/'source', 'nlx'); (tmp_path/'classes.txt').write_text('cow\n\nbus\n')
     build = 'build', 'action-me', '--folder', tmp_path/'source', '--images', tmp_path/'source'/'images', '--out'
     top = data(*build, tmp_path/'one', '--top', 1)
-    assert top.returncode == 0 and '1 classes' in top.stdout and 'not there: actX_train.json' in top.stdout, top.stderr
+    assert top.returncode == 0 and '1 classes' in top.stdout and 'not there: actX_train.json' in top.stdout and 'actX_val' not in top.stdout, top.stderr
     named = data(*build, tmp_path/'two', '--classes', tmp_path/'classes.txt')
     assert named.returncode == 0 and load_dataset(tmp_path/'two').classes == ['bus', 'cow'], named.stderr
     skipped = json.loads((tmp_path/'two'/'report.json').read_text())['skipped'] # every name
