@@ -11,6 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -44,7 +45,7 @@ def _closed_form(classifier, images, target, create_graph, hold):
     pooled = classifier.pool(A)
     logits = classifier.head(pooled)
     with torch.set_grad_enabled(create_graph):
-        alpha = classifier.head.weight.index_select(0, _classes(logits, target))/(A.shape[2]*A.shape[3])
+        alpha = F.embedding(_classes(logits, target), classifier.head.weight)/(A.shape[2]*A.shape[3])
         raw = torch.bmm(_held(alpha, hold)[:, None].to(A.dtype), A.flatten(2)).view(-1, *A.shape[2:])
     return raw, logits, pooled
 
@@ -56,7 +57,7 @@ def _cls_row(classifier, images, target, create_graph, hold):
     pooled, vjp = torch.func.vjp(lambda o: classifier.finish(tokens[:, 0], o), o)
     logits = classifier.head(pooled)
     with torch.set_grad_enabled(create_graph):
-        g, = vjp(classifier.head.weight.index_select(0, _classes(logits, target)).to(pooled.dtype))
+        g, = vjp(F.embedding(_classes(logits, target), classifier.head.weight).to(pooled.dtype))
         a0, v0 = a[..., :1], v[:, :, :1]
         dk = q * a0 * (g * (o - v0)).sum(-1, keepdim=True)
         dv = g * (1 - a0)
