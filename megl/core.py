@@ -70,10 +70,11 @@ def one_thread(
 def evaluating(
     model: torch.nn.Module, # any
 ):
-    "Evaluation mode inside; afterwards each module is in the mode that it was in."
-    modes = [(m, m.training) for m in model.modules()]
-    try: yield model.eval()
+    "Evaluation mode inside, and attention that gives the same bits each time; afterwards each module is in the mode that it was in."
+    modes, cudnn = [(m, m.training) for m in model.modules()], torch.backends.cuda.cudnn_sdp_enabled()
+    try: torch.backends.cuda.enable_cudnn_sdp(False); yield model.eval()
     finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         for m, mode in modes: m.training = mode
 
 def get_device(
