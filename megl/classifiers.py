@@ -176,8 +176,8 @@ def attend(self:ViT,
         raise ValueError('attention dropout in training is not supported: set attention_dropout=0')
     (B, n, D), H, W, b = tokens.shape, att.num_heads, att.in_proj_weight, att.in_proj_bias
     u = self.cam_layer(tokens)
-    q = F.linear(u[:, 0], W[:D], b[:D]).view(B, H, 1, -1) * (D//H)**-.5
-    k, v = F.linear(u, W[D:], b[D:]).view(B, n, 2, H, -1).permute(2, 0, 3, 1, 4)
+    q = F.linear(u[:, 0], W[:D], b[:D]).view(B, H, 1, D//H) * (D//H)**-.5
+    k, v = F.linear(u, W[D:], b[D:]).view(B, n, 2, H, D//H).permute(2, 0, 3, 1, 4)
     return u, q, v, (q @ k.transpose(-1, -2)).softmax(-1)
 
 @patch

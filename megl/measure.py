@@ -13,6 +13,7 @@ from scipy import stats
 
 import megl.core # noqa: F401, first: transformers imports torchvision
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,7 +51,10 @@ def flops(
     call, # a function without arguments
 ) -> int: # a multiplication and an addition are two
     "Floating-point operations of matrix products, convolutions and attention in one call."
-    with FlopCounterMode(display=False) as counter: call()
+    fast = torch.backends.mha.get_fastpath_enabled(); torch.backends.mha.set_fastpath_enabled(False)
+    try: # attention as plain products: fused, it counts on some devices and not on others
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: call()
+    finally: torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops()
 
 class Held(TorchDispatchMode):

@@ -220,23 +220,31 @@ def map_ssim(
     return (2*ma*mb + c1)*(2*cov + c2)/((ma**2 + mb**2 + c1)*(a.var(1) + b.var(1) + c2))
 
 # %% ../nbs/11_metrics.ipynb #10810f68
+def _drawn_anew(classifier, seed): # a classifier of the same kind, untrained
+    from megl.classifiers import _BUILTIN, create_classifier
+    with torch.random.fork_rng():
+        torch.manual_seed(seed); name = getattr(classifier, 'registered_name', None)
+        if name in _BUILTIN: return create_classifier(name, classifier.head.out_features, image_size=classifier.image_size)
+        fresh = copy.deepcopy(classifier) # made by its factory it might bring its training with it
+        for m in fresh.modules():
+            reset = getattr(m, 'reset_parameters', getattr(m, '_reset_parameters', None))
+            if reset: reset()
+            else:
+                for p in m.parameters(recurse=False): torch.nn.init.normal_(p, std=.02)
+        return fresh
+
 @torch.no_grad()
 def randomization_cascade(
     classifier, # see `megl.classifiers`
     images: torch.Tensor, # (N,3,H,W) in [0,1]
     points: int = 8, # at how many depths maps are made, evenly spread over the layers
     seed: int = 0, # of the untrained classifier
-    untrained=None, # it, where `create_classifier` does not know the kind
+    untrained=None, # one of the same kind, to be taken instead
 ): # yields (layer, share of the parameters that are untrained, `CamOutput`); first ('', 0, trained)
     "Maps of a classifier that loses its training from the head down (Adebayo et al., 2018)."
-    from megl.classifiers import create_classifier
     from megl.saliency import cam_forward
     device = images.device
-    if untrained is None:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            untrained = create_classifier(classifier.registered_name, classifier.head.out_features, image_size=classifier.image_size).to(device)
-    model, fresh = copy.deepcopy(classifier).eval(), dict(untrained.named_modules())
+    model, fresh = copy.deepcopy(classifier).eval(), dict((untrained or _drawn_anew(classifier, seed)).to(device).named_modules())
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (classifier.mean, classifier.std))
     x = (images - mean)/std
     trained = cam_forward(model, x)
@@ -257,7 +265,7 @@ def randomization_check(
     images: torch.Tensor, # (N,3,H,W) in [0,1]
     points: int = 8, # at how many depths
     seed: int = 0, # of the untrained classifier
-    untrained=None, # it, where `create_classifier` does not know the kind
+    untrained=None, # one of the same kind, to be taken instead
 ) -> pd.DataFrame: # rows depth × sample: depth (0: trained), layer, share, sample, rank_correlation, ssim
     "Likeness of maps to the trained classifier's as its layers are randomised from the head down."
     rows, first = [], None
@@ -446,8 +454,9 @@ def _corpus(hyps, refs, stats, more): # (corpus scores, per-sample arrays) of to
     gts, res = dict(enumerate(refs)), {i: [h] for i, h in enumerate(hyps)}
     bleu, _ = Bleu(4).compute_score(gts, res, verbose=0)
     met, mets = meteor_process().score(stats)
-    rouge, rouges = Rouge().compute_score(gts, res)
-    # the package needs a word to count
+    # the package finds no word in no word
+    rouges = np.where([h != '' for h in hyps], Rouge().compute_score(gts, res)[1], 0.); rouge = rouges.mean()
+    # and needs a word to count
     cider, ciders = Cider().compute_score(gts, res) if any(map(any, refs)) else (0., np.zeros(len(refs)))
     scores = map(float, (*bleu, met, rouge, cider))
     means = {k: float(np.mean(more[k])) if k in more else math.nan for k in OPTIONAL_SCORES}

@@ -57,7 +57,8 @@ class MEGL(nn.Module):
         if len(self.classes) != classifier.head.out_features:
             raise ValueError(f'{len(self.classes)} class names for a classifier of {classifier.head.out_features} classes: give one each')
         self.image_size = image_size or max(m.image_size for m in (classifier, generator) if m is not None)
-        for k in ('mean', 'std'): self.register_buffer(k, torch.tensor(getattr(classifier, k)).view(3, 1, 1), persistent=False)
+        # where the classifier is, and as it computes
+        for k in ('mean', 'std'): self.register_buffer(k, torch.tensor(getattr(classifier, k)).view(3, 1, 1).to(classifier.head.weight), persistent=False)
 
     def pixels(self,
         images: torch.Tensor, # (B, 3, H, W) pixels in [0, 1]
@@ -155,6 +156,8 @@ def model_card(
             f'# {title}\n\n{about}\n\n' + (f'| measured | value |\n|---|---|\n{rows}\n' if numbers else 'No measured numbers were given.\n\n')
             + f'{note}\n\n'*bool(note) + f'```python\n{usage}\n```\n')
 
+def _plain(classifier): return getattr(classifier, '_orig_mod', classifier) # not as torch.compile wraps it
+
 def _owned(state): # a weight of two names is written under both
     return {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
 
@@ -174,7 +177,7 @@ def save_pretrained(self: MEGL,
     note: str = '', # a sentence for the card: what the numbers were measured on
 ):
     "Write config, classifier, the generator's trained part, and a model card."
-    folder, g, c = Path(folder), self.generator, self.classifier
+    folder, g, c = Path(folder), self.generator, _plain(self.classifier)
     if not hasattr(c, 'registered_name'):
         raise ValueError(f'{type(c).__name__} has no name to be made by again: register_classifier, then create_classifier')
     folder.mkdir(parents=True, exist_ok=True)
@@ -201,7 +204,8 @@ def from_pretrained(cls: MEGL,
         raise ValueError(f'{folder}: a language model that names the class itself, without classifier and map '
                          '(`megl.mllm.MLLM.from_pretrained` reads it): give the folder of a classifier trained by another method')
     classifier = create_classifier(config['classifier'], len(config['classes']), image_size=config['preprocessing']['image_size'])
-    classifier.load_state_dict(load_file(folder/'classifier.safetensors'))
+    state = load_file(folder/'classifier.safetensors')
+    classifier.to(next(v.dtype for v in state.values() if v.is_floating_point())).load_state_dict(state)
     for k in ('mean', 'std'): setattr(classifier, k, tuple(config['preprocessing'][k]))
     made = None
     if generator and config['generator']:
@@ -250,7 +254,7 @@ def export_torchvision(
     name = getattr(classifier, 'registered_name', type(classifier).__name__)
     if name not in ('resnet18', 'vit_b_16'):
         raise ValueError(f"{name} is not a torchvision model: create_classifier's resnet18 and vit_b_16 are")
-    save_file(_owned(classifier.state_dict()), path)
+    save_file(_owned(_plain(classifier).state_dict()), path)
 
 class _Deployed(nn.Module): # pixels in [0, 1] → probabilities
     def __init__(self, c):

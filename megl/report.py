@@ -166,8 +166,9 @@ def sign_flip_test(
     resamples: int = 9999, # all 2^n patterns if these are no more, else this many random ones
     seed: int = 0, # of the random patterns
 ) -> float: # two-sided p-value; at least 2^(1-n), or 1/(resamples+1)
-    "The paired permutation test of mean difference 0."
+    "The paired permutation test of mean difference 0; raises `ValueError` for differences that are not finite."
     d = np.asarray(differences, dtype=float); observed, slack = abs(d.sum()), 1e-12*np.abs(d).sum()
+    if not np.isfinite(observed): raise ValueError('differences must be finite: leave out images without a score')
     exact = 2**len(d) <= resamples + 1
     chunks = [np.array(list(itertools.product((-1, 1), repeat=len(d))))] if exact else _signs(len(d), resamples, seed)
     extreme = sum(int((np.abs(signs @ d) >= observed - slack).sum()) for signs in chunks)
@@ -263,7 +264,7 @@ def bootstrap_test(
     resamples: int = 9999, # bootstrap draws
     seed: int = 0, # of the draws
 ) -> BootstrapTest: # difference, interval, p-values
-    "Compare two methods by a score of a whole set over the same seeds and images; raises `ValueError` where they do not pair."
+    "Compare two methods by a score of a whole set over the same seeds and images; raises `ValueError` where they do not pair, or the score is not finite."
     a, b = (np.asarray(x, dtype=float) for x in (a, b))
     if a.shape != b.shape or a.ndim != 3 or not a.size:
         raise ValueError(f'sums must pair as (seeds, images, K), got {a.shape} and {b.shape}')
@@ -272,7 +273,10 @@ def bootstrap_test(
     for size in _chunks(resamples):
         images, runs = rng.multinomial(N, np.full(N, 1/N), size=size), rng.multinomial(max(1, S-1), np.full(S, 1/S), size=size)/max(1, S-1)
         drawn.append(((score(images @ a) - score(images @ b)).T*runs).sum(1)) # images @ a: (S, size, K)
-    drawn = np.concatenate(drawn); low, high, _ = _student(seeds, drawn, confidence, N)
+    drawn = np.concatenate(drawn)
+    if not (np.isfinite(seeds).all() and np.isfinite(drawn).all()):
+        raise ValueError('the score is not finite for all images, or for some draw of them: give finite sums, and a score that says what it is of none')
+    low, high, _ = _student(seeds, drawn, confidence, N)
     p = min(1., 2*(1 + min((drawn <= 0).sum(), (drawn >= 0).sum()))/(resamples + 1)); p_t = _seeds_t(seeds, N)
     return BootstrapTest(float(seeds.mean()), low, high, p, p_t, max(p, p_t), S, N)
 

@@ -103,8 +103,9 @@ def _weighted_sum(A, grad, grid): # of a grid (B, C, h, w), or of tokens (B, n, 
         A, grad = (t[:, -n:].transpose(1, 2).unflatten(2, grid) for t in (A, grad))
     return (grad.mean((2, 3), keepdim=True)*A).sum(1)
 
-def _pools_as(classifier, base): # does it pool exactly as `base` does, before a linear head?
-    return getattr(classifier.pool, '__func__', None) is base.pool and isinstance(classifier.head, nn.Linear)
+def _pools_as(classifier, base): # does it pool exactly as `base` does, before a plain linear head? Asked of the classes, which torch.compile can follow
+    c = getattr(classifier, '_orig_mod', classifier) # of one that is compiled
+    return getattr(type(c), 'pool', None) is base.pool and 'pool' not in vars(c) and type(c.head).forward is nn.Linear.forward
 
 # %% ../nbs/05_saliency.ipynb #aa90b6ca
 class CamOutput(NamedTuple):

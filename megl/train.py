@@ -62,7 +62,9 @@ class TrainConfig:
     def __post_init__(self): # what could only fail later, or silently
         for f in fields(self):
             v = getattr(self, f.name)
-            if isinstance(v, np.generic): v = v.item(); object.__setattr__(self, f.name, v) # a checkpoint holds none of NumPy's
+            if isinstance(v, np.generic): v = v.item() # a checkpoint holds none of NumPy's
+            if f.type in (float, float|None) and type(v) is int: v = float(v) # equal configs have equal hashes
+            object.__setattr__(self, f.name, v)
             kind, word = {int: (Integral, 'a whole number'), bool: (bool, 'true or false'), str: (str, 'a name')}.get(f.type, (Real, 'a number'))
             if not (isinstance(v, kind) and isinstance(v, bool) == (f.type is bool) or v is None is f.default):
                 raise ValueError(f'{f.name} is {v!r}: it must be {word}')
@@ -320,16 +322,24 @@ def _about(model): # what it is, but for its weights and for where its base lies
     c, g = getattr(model, 'classifier', None), model.generator
     about = {k: getattr(model, k) for k in ('image_size', 'mode', 'order', 'names') if hasattr(model, k)}
     if c is not None: about |= dict(classifier=getattr(c, 'registered_name', type(c).__name__), reads=c.image_size, pixels=[*map(float, (*c.mean, *c.std))])
+    if g is not None and g.tuned:
+        adapter = g.llava.active_peft_config.to_dict()
+        about['adapter'] = {k: sorted(v) if isinstance(v, set) else str(v) for k, v in adapter.items() if k not in ('base_model_name_or_path', 'inference_mode', 'revision', 'peft_version')}
     return about | ({} if g is None else {k: v for k, v in g.config().items() if k not in ('base', 'checkpointing')})
 
-def _must_fit_together(model, train, val, config): # raise a ValueError where that would fail late, or not at all
+def _must_fit_together(model, train, val, config, device): # raise a ValueError where that would fail late, or not at all
     if config.lambda_t and model.generator is None: raise ValueError('lambda_t is above 0 but the model has no generator')
+    if config.precision == 'fp16' and device.type == 'cpu': raise ValueError("precision 'fp16' is for GPUs: on a CPU take 'bf16' or 'no'")
     if not hasattr(model, 'classifier'):
         if not config.lambda_t: raise ValueError('a multimodal language model learns from texts alone: give lambda_t a value above 0')
         if config.lambda_v or config.weight_dc or config.visual == 'res-l':
             raise ValueError('a multimodal language model has no maps: leave lambda_v and lambda_dc at 0, and visual as it is')
+    elif config.visual == 'res-l' and ((cell := model.image_size//(grid := model.classifier.grid[0])) % 2 or not cell):
+        raise ValueError(f'RES-L reads annotations by cells of an even number of pixels, but {model.image_size} pixels on a grid of {grid} make {cell}: give MEGL '
+                         f'image_size={grid*max(2, cell + 1)}')
     for name, ds in (('training', train), ('validation', val)):
         if not len(ds): raise ValueError(f'no {name} samples: fit needs at least one')
+    if config.lambda_v and not any(r['map_file'] for r in train.records): warnings.warn('no training sample has a map: lambda_v, the weight of their loss, changes nothing')
     numbered = list(model.classes) == [str(i) for i in range(len(train.classes))] # was given no names
     for who, own, of, other in (('model', model.classes, 'training samples', train.classes), ('validation samples', val.classes, 'training samples', train.classes)):
         if list(own) == list(other) or who == 'model' and numbered: continue
@@ -388,9 +398,9 @@ def fit(
 ) -> pd.DataFrame: # a row an epoch: epoch; means of pred, text, visual, dc, loss and of dead maps, as far as there are any; val_accuracy, val_miou, seconds
     """Train `model` in place and leave it with its best weights, in evaluation mode, on the device. If `folder` holds this run's finished checkpoint, its best weights are loaded and nothing is trained.
     Raises `FloatingPointError` where a term is not finite, `ValueError` where the checkpoint belongs to another run, or model and data do not fit together."""
-    _must_fit_together(model, train, val, config)
+    device = get_device(device); _must_fit_together(model, train, val, config, device)
     progress = sys.stderr.isatty() if progress is None else progress
-    set_seed(config.seed); device, shard = get_device(device), sharding() # before accelerate looks for the launcher's flag
+    set_seed(config.seed); shard = sharding() # before accelerate looks for the launcher's flag
     accelerator = _accelerator(model, config, device)
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     if world > 1 and config.visual == 'res-l' and not config.lambda_t and model.generator is not None: # which DDP cannot follow
