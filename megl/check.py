@@ -133,6 +133,7 @@ def _check_files(root, records, report, jobs, progress): # read all files; compa
 
 def _report_pair(report, a, b, what): # two samples with the same picture
     text = f"{a['id']} ({a['split']}) and {b['id']} ({b['split']})"
+    if a['label'] != b['label']: report.warnings[f'{what} picture, two classes'].append(f"{text}: {a['label']} and {b['label']}")
     if a['split'] != b['split']: report.errors[f'{what} picture in two splits'].append(text)
     elif a['file_name'] != b['file_name'] and a['group'] != b['group']:
         report.warnings[f'{what} picture twice'].append(text)

@@ -249,6 +249,8 @@ def check_classifier(
         f = model.features(x)
         p = model.pool(f); logits = model(x) if p.shape == (1, model.head.in_features) else None
     h, w = model.grid
+    if max(h, w) > model.image_size:
+        raise TypeError(f'{name}.grid is {h} × {w}, finer than its images of {model.image_size} pixels: are the channels of its features the second axis?')
     if not (f.dim() == 4 and f.shape[2:] == (h, w) or f.dim() == 3 and f.shape[1] >= h*w):
         raise TypeError(f"{name}.features must give (B, C, {h}, {w}) or (B, at least {h*w}, D) as its grid says, "
                         f"not {tuple(f.shape)}")

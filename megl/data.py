@@ -457,7 +457,7 @@ def collate(
 @patch
 def _grid_maps(self: Dataset, size): # (N, h, w): the annotated training samples' maps, area-resized; kept
     size = (size, size) if isinstance(size, int) else tuple(size)
-    if not self._train: raise DataError(f'{self.root}: no training sample has a map: the mean map needs at least one')
+    if not self._train: raise DataError(f'{self.root}: no training sample has a map, and distribution consistency needs their mean: annotate some, or take a method or settings without it (plain, text; lambda_dc=0)')
     if size not in self._grids:
         maps = (self._cache(read_map, self.root/r['map_file']) for r in self._train)
         self._grids[size] = torch.stack([F.adaptive_avg_pool2d(m[None], size)[0] for m in maps])

@@ -253,7 +253,7 @@ def build_object_me(
     "Make an Object-ME-style dataset from VQA-X. Raises `DataError` before anything is written."
     items, lost = read_vqa_x(folder, visual)
     where = (f'put COCO 2014 into {Path(images)/"train2014"} and {Path(images)/"val2014"} (`megl data get object-me` '
-             'fetches it), or let the builder skip them (skip_broken)')
+             'fetches it), or let the builder skip them (skip_broken, --skip-broken)')
     options = dict(rationales=rationales, min_count=min_count, annotated=annotated, seed=seed)
     about = dict(absent=_absent(folder, VQA_FORMS, visual),
                  licence='photographs: each its own, see COCO; explanations: VQA-X, not stated; VQA v2: its terms',
@@ -314,7 +314,7 @@ def build_action_me(
     "Make an Action-ME-style dataset from ACT-X. Raises `DataError` before anything is written."
     items, lost = read_act_x(folder, visual)
     where = (f'put the pictures of MPII Human Pose into {images} (`megl data get action-me` fetches them), or let the '
-             'builder skip them (skip_broken)')
+             'builder skip them (skip_broken, --skip-broken)')
     options = dict(rationales=rationales, min_count=min_count, annotated=annotated, seed=seed)
     about = dict(absent=_absent(folder, ACT_FORMS, visual),
                  licence='pictures: MPII Human Pose, research only; explanations: ACT-X, not stated',
@@ -361,7 +361,7 @@ def build_export(
     if other and len(other) == len(rows):
         raise DataError(f"{path}: 'ans' is never the class of 'class_id' in label_class_id_mapping.json: it is another one's")
     skipped = {'no explanation': [r['name'] for r in rows if not r['rationales']]}
-    where = f'put the pictures into {root}, or let the builder skip them (skip_broken)'
+    where = f'put the pictures into {root}, or let the builder skip them (skip_broken, --skip-broken)'
     skipped = {k: v for k, v in skipped.items() if v}; rows = [r for r in rows if r['rationales']]
     ignored = {'answers (ans) that are not the class of their class_id': len(other)} if other else {}
     return build_rows(rows, out, skipped, where, min_count, annotated, skip_broken, seed, lambda _: 'not stated',

@@ -29,6 +29,8 @@ def unit_images(
     like: torch.Tensor, # of the model
 ) -> torch.Tensor: # (B, 3, H, W) in [0, 1], on the device and in the precision of `like`
     "Images as models take them; bytes become [0, 1]."
+    if not torch.is_tensor(images):
+        raise ValueError(f'images must be a tensor (B, 3, H, W), not {type(images).__name__}: of a file it is eval_transform(model.image_size)(read_image(path))[None], both of megl.data')
     if images.dtype == torch.uint8: images = images/255
     if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f'images must be (B, 3, H, W), float in [0, 1] or uint8, not {tuple(images.shape)} {images.dtype}')
@@ -246,12 +248,15 @@ def push_to_hub(self: MEGL,
         return str(api.upload_folder(repo_id=repo_id, folder_path=d, commit_message='Upload by megl'))
 
 # %% ../nbs/08_model.ipynb #f2efd5b0
+def _must_be_classifier(c):
+    if isinstance(c, MEGL): raise ValueError('what is exported is the classifier alone: give model.classifier')
+
 def export_torchvision(
     classifier: nn.Module, # resnet18 or vit_b_16
     path: Path|str, # .safetensors
 ):
     "Write a state dict that torchvision's model of the same name loads. `ValueError` for any other classifier."
-    name = getattr(classifier, 'registered_name', type(classifier).__name__)
+    _must_be_classifier(classifier); name = getattr(classifier, 'registered_name', type(classifier).__name__)
     if name not in ('resnet18', 'vit_b_16'):
         raise ValueError(f"{name} is not a torchvision model: create_classifier's resnet18 and vit_b_16 are")
     save_file(_owned(_plain(classifier).state_dict()), path)
@@ -267,6 +272,7 @@ def export_onnx(
     path: Path|str, # .onnx
 ) -> Path: # the same
     "Write the classifier as ONNX: `images` (B, 3, S, S) in [0, 1] → `probabilities` (B, C), for any B. Needs the packages onnx and onnxscript, and torch 2.7."
+    _must_be_classifier(classifier)
     if torch.__version__ < '2.7': raise RuntimeError(f'export to ONNX needs torch 2.7 or newer, this is {torch.__version__}')
     try: import onnxscript # noqa: F401
     except ImportError: raise ImportError('export to ONNX needs two more packages: pip install onnx onnxscript') from None

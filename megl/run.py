@@ -10,7 +10,7 @@ __all__ = ['METHODS', 'TUNED', 'PRESETS', 'CODE', 'SAMPLE_SCORES', 'REPRODUCE', 
            'check_injected', 'Experiment', 'experiments', 'NotebookError', 'run_notebook', 'parser', 'main']
 
 # %% ../nbs/13_run.ipynb #21b82eae
-import argparse, ast, dis, functools, hashlib, inspect, io, json, linecache, os, re, shutil, sys, time
+import argparse, ast, dis, functools, hashlib, inspect, io, json, linecache, logging, os, re, shutil, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -231,6 +231,7 @@ def make_run(
     for k in overrides: choose('setting', k, [f.name for f in fields(TrainConfig) if f.name not in ('seed', 'visual')])
     on = METHODS[choose('method', method, METHODS)]; choose('backbone', backbone, backbones_of(method, CLASSIFIERS))
     p = PRESETS[choose('preset', preset, PRESETS)]
+    if len((ds := _open(dataset)).classes) < 2: raise ValueError(f'{ds.root}: one class only: there is nothing to tell apart')
     chosen = {**p.tuned.get((backbone, method.removesuffix('-class-first')), {}), **overrides}
     TrainConfig(**{k: v for k, v in chosen.items() if k.startswith('lambda_')}) # numbers, also of a term that the method does not have
     terms = dict(lambda_t=float(chosen.pop('lambda_t', 1.)*on.text), lambda_v=float(chosen.pop('lambda_v', 1.)*bool(on.visual)))
@@ -677,6 +678,8 @@ class Experiment:
             raise ValueError(f'seeds is the number of seeds, 1 or more, not {self.seeds!r}')
         if not isinstance(self.epochs, int) or self.epochs < 0: raise ValueError(f"epochs is 0 (the preset's) or more, not {self.epochs!r}")
         get_device(self.device)
+        if not (project_root()/'nbs').is_dir():
+            raise ValueError(f'{Path.cwd()} is not in a clone of the project: run the notebook there, with papermill by --cwd CLONE/nbs')
         self.out = project_root()/self.out_dir; self.out.mkdir(parents=True, exist_ok=True)
         for d in self.datasets: _open(d) # an unknown or broken dataset is refused before anything runs
 
@@ -823,18 +826,20 @@ def _train(a):
     run = make_run(a.dataset, *backbones_of(a.method, (a.backbone or PRESETS[a.preset].backbones[0],)), a.method, a.seed, a.preset, a.epochs,
                    a.device, a.base, a.weights, **settings)
     done = execute(run, project_root()/a.out_dir, a.device, a.force)
-    if int(os.environ.get('RANK', 0)) == 0: print(done, run_folder(run, project_root()/a.out_dir), sep='\n')
+    if int(os.environ.get('RANK', 0)) == 0: print(done, run_folder(run, project_root()/a.out_dir)/'model', sep='\n')
     if _processes() > 1: _leave()
 
 def _explain(a):
-    from megl.data import eval_transform, read_image
+    from megl.data import DataError, eval_transform, read_image
     from megl.model import MEGL
     from megl.report import explanation_figure
     from matplotlib.backend_bases import FigureCanvasBase
     device, out = get_device(a.device), Path(a.out); out = out if out.suffix else out.with_suffix('.png')
     choose('kind of picture', out.suffix[1:], FigureCanvasBase.filetypes)
     if not out.parent.is_dir(): raise FileNotFoundError(f'{out.parent}: no such folder: make it, or give another --out')
-    model = MEGL.from_pretrained(local_path(a.model), _base(a.base) if a.base else None).to(device); image = read_image(a.image)
+    try: image = read_image(a.image)
+    except DataError as e: raise ValueError(f"{str(e).rpartition(': ')[0]}: give a picture that opens") from None # what it says of datasets is no help here
+    model = MEGL.from_pretrained(local_path(a.model), _base(a.base) if a.base else None).to(device)
     e = model.explain(eval_transform(model.image_size)(image)[None].to(device))[0]
     print(f'{e.label} ({e.probability:.2f})' + (f': {e.rationale}' if e.rationale else ''))
     column = dict(title='map', map=e.map.cpu(), predicted=e.label, rationale=e.rationale)
@@ -895,4 +900,6 @@ def main(args=None):
     try: sys.exit(a.do(a)) # None is 0
     except (ValueError, OSError) as e: stop(f'megl: {e}', 2)
     except (NotebookError, FloatingPointError) as e: stop(f'megl: {e}', 1)
-    except KeyboardInterrupt: stop('\nmegl: interrupted; run the same command again, without --force, to continue', 130)
+    except KeyboardInterrupt:
+        logging.getLogger('asyncio').setLevel(logging.CRITICAL) # what the kernel was about is no news
+        stop('\nmegl: interrupted; run the same command again, without --force, to continue', 130)

@@ -130,7 +130,8 @@ def _finish(out, found, samples, skipped, min_count, seed, annotated, to_array, 
     "Split and write."
     if not (kept := _drop_rare(samples, min_count, skipped)):
         raise DataError(f'{out}: nothing to write, all {found} pictures were skipped: '
-                        + '; '.join(f'{len(v)} {k}' for k, v in skipped.items()))
+                        + '; '.join(f'{len(v)} {k}' for k, v in skipped.items())
+                        + '; min_count (--min-count) says how many a class must have'*any('fewer than' in k for k in skipped))
     try: twins = _assign(kept, seed, annotated)
     except DataError: raise # it has its own remedy
     except ValueError as e: raise DataError(f'{out}: {e}: a lower min_count will not help: add pictures') from None
@@ -287,7 +288,7 @@ def _coco_candidates(folder, images, instances, captions, labels, action, kind, 
             things = [a for a in things if labels.get(a['category_id']) == 'person'] or things
         try: s = _coco_sample(image, folder, things, labels)
         except DataError as e:
-            if not skip_broken: raise DataError(f'{e}; or let the builder skip what is broken (skip_broken)') from None
+            if not skip_broken: raise DataError(f'{e}; or let the builder skip what is broken (skip_broken, --skip-broken)') from None
             skipped['broken picture or mask' if os.path.isfile(folder/name) else 'missing file'].append(name); continue
         if s is None: skipped['masks without area'].append(name); continue
         if action: s['label'] = verb
@@ -421,7 +422,7 @@ def build_rows(
         except DataError as e:
             if not skip_broken: # a file of a hub dataset has a name of ours: say whose it is
                 whose = '' if r['name'] in str(e) else f"{r['name']}: "
-                raise DataError(f'{whose}{e}; or let the builder skip what is broken (skip_broken)') from None
+                raise DataError(f'{whose}{e}; or let the builder skip what is broken (skip_broken, --skip-broken)') from None
             there = all(map(os.path.isfile, r.get('map') or []))
             skipped.setdefault('broken picture or map' if there else 'missing map', []).append(r['name']); continue
         if other: ignored['maps of another size than the first of their picture'] += other
@@ -448,7 +449,7 @@ def _table_rows(path): # the rows of a CSV or JSON Lines file, one after the oth
     else:
         try:
             with open(path, encoding='utf-8-sig', newline='') as f: yield from csv.DictReader(f, skipinitialspace=True)
-        except (UnicodeError, csv.Error) as e: raise DataError(f'{path}: is not a table in UTF-8 ({e})') from None
+        except (UnicodeError, csv.Error) as e: raise DataError(f'{path}: is not a table in UTF-8 ({e}): save it as such (CSV UTF-8)') from None
 
 def _read_table(path): # the rows, columns by our names
     rows = []
@@ -474,10 +475,14 @@ def _folder_rows(folder, table): # rows of a folder, from its table or its subfo
     table = Path(table) if table else next((folder/t for t in TABLES if (folder/t).is_file()), None)
     if table and not table.is_file():
         raise DataError(f'{table}: no such file: give the path of a CSV or JSON Lines file')
-    if table: return _read_table(table), 0
-    files = [p.relative_to(folder) for p in sorted(folder.glob('*/*')) if not p.is_dir()]
-    rows = [dict(file_name=str(p), label=p.parts[0]) for p in files if p.suffix.lower() in IMAGES]
-    return rows, len(files) - len(rows)
+    if table: return _read_table(table), {}
+    if not folder.is_dir(): raise DataError(f'{folder}: no such folder')
+    files = [p.relative_to(folder) for p in sorted(folder.rglob('*')) if p.is_file()]
+    rows = [dict(file_name=str(p), label=p.parts[0]) for p in files if p.suffix.lower() in IMAGES and len(p.parts) == 2]
+    elsewhere = sum(p.suffix.lower() in IMAGES and len(p.parts) != 2 for p in files)
+    if not rows: raise DataError(f'{folder}: holds neither a table ({", ".join(TABLES)}) nor subfolders with pictures, CLASS/PICTURE' + f'; {elsewhere} pictures lie elsewhere in it'*bool(elsewhere))
+    return rows, {f"files in the subfolders that are none of {', '.join(IMAGES)}": sum(len(p.parts) == 2 for p in files) - len(rows),
+                  'pictures that are not in a subfolder, or deeper in one: they have no class': elsewhere}
 
 def _cell(r, k, where): # a cell as text, '' if it is empty; spaces around it count in file names only
     kinds = (str, int, float) if k in ('label', 'id', 'group') else str
@@ -527,12 +532,12 @@ def build_folder(
     seed: int = 0, # seed of the split, where the table has none
 ) -> BuildReport: # what was kept and skipped
     "Make a dataset from your own pictures. Raises `DataError` before anything is written."
+    if odd := re.search(r'{(?!label})[^}]*}?', template): raise DataError(f'template: {odd[0]!r} means nothing there: {{label}} becomes the class')
     folder = Path(folder); rows, other = _folder_rows(folder, table)
-    if not rows: raise DataError(f'{folder}: holds neither a table ({", ".join(TABLES)}) nor subfolders with pictures')
     rows = [_folder_row(folder, n, r, template, table) for n, r in enumerate(rows)]; _check_rows(rows, table or folder)
-    where = f'put them into {folder}, or let the builder skip them (skip_broken)'
+    where = f'put them into {folder}, or let the builder skip them (skip_broken, --skip-broken)'
     return build_rows(rows, out, {}, where, min_count, annotated, skip_broken, seed, licence=lambda _: licence,
-                      ignored={f"files in the subfolders that are none of {', '.join(IMAGES)}": other} if other else None,
+                      ignored={what: n for what, n in other.items() if n} or None,
                       source=f'folder {folder.name}', builder=f'build_folder min_count={min_count} '
                       f'annotated={annotated} seed={seed} splits={"given" if "split" in rows[0] else "made"}')
 
@@ -579,7 +584,7 @@ def _hub_rows(parts, folder, columns, template, base, skipped, skip_broken): # f
             if not (texts := _texts(r.get(columns['rationales']), template, label)):
                 raise DataError(f'{where}: has no rationale: name a text column, or give a template')
             if (image := stored(columns['image'], 'image')) is None:
-                if not skip_broken: raise DataError(f'{where}: has no picture; or let the builder skip it (skip_broken)')
+                if not skip_broken: raise DataError(f'{where}: has no picture; or let the builder skip it (skip_broken, --skip-broken)')
                 skipped['no picture'].append(f'{part} {n}'); continue
             amap = stored(columns['map'], 'map')
             yield dict(id=f'{part}-{n:06}', name=f'{part} {n}', image=image, label=label, rationales=texts,
