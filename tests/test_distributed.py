@@ -196,7 +196,7 @@ def whole(tmp_path_factory):
 
 def test_accelerate_launch_gives_a_finished_run(whole):
     out, said = whole; folder, predictions, weights = results(out)
-    assert said.split('\n')[0].startswith('toy-object vit_tiny megl seed 0: trained in') and said.split('\n')[1:] == [str(folder), ''] # said once
+    assert said.split('\n')[0].startswith('toy-object vit_tiny megl seed 0: trained in') and said.split('\n')[1:] == [str(folder/'model'), ''] # said once
     assert {p.name for p in folder.iterdir()} == {'run.json', 'history.csv', 'predictions.parquet', 'model', 'lock'}
     assert len(weights) > 1 and predictions.rationale.notna().all() and len(pd.read_csv(folder/'history.csv')) == 5
     assert json.loads((folder/'run.json').read_text())['run']['train']['lambda_t'] == 1
