@@ -109,7 +109,7 @@ PRESETS = {p.name: p for p in (
 
 # %% ../nbs/13_run.ipynb #60aed331
 # what a run's numbers depend on; an MLLM's also on `mllm`
-CODE = ('core', 'data', 'classifiers', 'saliency', 'losses', 'rationale', 'model', 'train')
+CODE = ('core', 'data', 'classifiers', 'saliency', 'losses', 'rationale', 'model', 'metrics', 'train')
 _CODE = {mllm: code_hash(CODE + ('mllm',)*mllm) for mllm in (False, True)} # as it is imported, whatever becomes of the files
 
 _hashes = {} # (file, size, when it was changed, whole) → hash
