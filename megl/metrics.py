@@ -244,7 +244,7 @@ def randomization_cascade(
     "Maps of a classifier that loses its training from the head down (Adebayo et al., 2018)."
     from megl.saliency import cam_forward
     device = images.device
-    model, fresh = copy.deepcopy(classifier).eval(), dict((untrained or _drawn_anew(classifier, seed)).to(device).named_modules())
+    model, fresh = copy.deepcopy(classifier).eval(), dict((_drawn_anew(classifier, seed) if untrained is None else untrained).named_modules())
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (classifier.mean, classifier.std))
     x = (images - mean)/std
     trained = cam_forward(model, x)

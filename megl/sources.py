@@ -477,11 +477,11 @@ def _folder_rows(folder, table): # rows of a folder, from its table or its subfo
         raise DataError(f'{table}: no such file: give the path of a CSV or JSON Lines file')
     if table: return _read_table(table), {}
     if not folder.is_dir(): raise DataError(f'{folder}: no such folder')
-    files = [p.relative_to(folder) for p in sorted(folder.rglob('*')) if p.is_file()]
-    rows = [dict(file_name=str(p), label=p.parts[0]) for p in files if p.suffix.lower() in IMAGES and len(p.parts) == 2]
-    elsewhere = sum(p.suffix.lower() in IMAGES and len(p.parts) != 2 for p in files)
+    files = [p.relative_to(folder) for p in sorted(folder.glob('*/*')) if not p.is_dir()]
+    rows = [dict(file_name=str(p), label=p.parts[0]) for p in files if p.suffix.lower() in IMAGES]
+    elsewhere = sum(p.suffix.lower() in IMAGES and p.is_file() and len(p.relative_to(folder).parts) != 2 for p in folder.rglob('*'))
     if not rows: raise DataError(f'{folder}: holds neither a table ({", ".join(TABLES)}) nor subfolders with pictures, CLASS/PICTURE' + f'; {elsewhere} pictures lie elsewhere in it'*bool(elsewhere))
-    return rows, {f"files in the subfolders that are none of {', '.join(IMAGES)}": sum(len(p.parts) == 2 for p in files) - len(rows),
+    return rows, {f"files in the subfolders that are none of {', '.join(IMAGES)}": len(files) - len(rows),
                   'pictures that are not in a subfolder, or deeper in one: they have no class': elsewhere}
 
 def _cell(r, k, where): # a cell as text, '' if it is empty; spaces around it count in file names only
